@@ -1,0 +1,22 @@
+"""The ``vllm-deterministic`` command: one sub-command a job, each in the module that does it."""
+
+import typer
+
+app = typer.Typer(
+    name="vllm-deterministic",
+    help="Verify that a server answers deterministically; tools around `vllm serve --enable-deterministic`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep sub-commands as sub-commands even while there is only one."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
