@@ -2,6 +2,8 @@
 
 import typer
 
+from vllm_deterministic.tiny_model.command import tiny_model
+
 app = typer.Typer(
     name="vllm-deterministic",
     help="Verify that a server answers deterministically; tools around `vllm serve --enable-deterministic`.",
@@ -10,6 +12,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+app.command("tiny-model")(tiny_model)
 
 
 @app.callback()
