@@ -82,5 +82,6 @@ def to_bytes(x: Array, dtype: str) -> bytes:
     """Little-endian bytes of float32 `x` in `dtype`, rounded to nearest, ties to even."""
     if dtype == "bfloat16":
         bits = x.astype("<f4").view("<u4")
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
-    return x.astype({"float32": "<f4", "float16": "<f2"}[dtype]).tobytes()
+        x = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    data: bytes = x.astype({"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[dtype]).tobytes()
+    return data

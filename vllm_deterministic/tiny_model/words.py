@@ -1,6 +1,6 @@
 """What the tokenizer is trained on: common English words, Python keywords and the marks of code and JSON."""
 
-WORDS = """
+_ENGLISH = """
 the of and to a in that is was he for it with as his on be at by had not are but from or have an they which one you
 were her all she there would their we him been has when who will more no if out so said what up its about into than
 them can only other new some could time these two may then do first any my now such like our over man me even most
@@ -30,35 +30,16 @@ model letter server token request batch write learn train cache memory kernel su
 winter summer spring autumn bread coffee bridge stone silver golden window market doctor teacher student engine
 machine computer science weather planet ocean island animal horse bird fish tree flower song dance dream travel
 journey evening minute hour friend brother sister father daughter village castle king queen
-""".split()
+"""
 
-ENDINGS = ("", "s", "ed", "ing", "er", "ly")
-
-PYTHON = """
+_PYTHON = """
 False None True and as assert async await break class continue def del elif else except finally for from global if
 import in is lambda nonlocal not or pass raise return try while with yield self print range len int float str list dict
-""".split()
+"""
 
-MARKS = (
-    "{",
-    "}",
-    "[",
-    "]",
-    '"',
-    '":',
-    '",',
-    '": "',
-    '": [',
-    ": {",
-    "(",
-    ")",
-    "():",
-    ",",
-    ".",
-    ";",
-    "=",
-    "==",
-    "->",
-    "#",
-    "\n",
-)
+_MARKS = '{ } [ ] " ": ", ( ) (): , . ; = == -> #'
+
+WORDS = _ENGLISH.split()
+ENDINGS = ("", "s", "ed", "ing", "er", "ly")
+PYTHON = _PYTHON.split()
+MARKS = _MARKS.split()
