@@ -2,7 +2,9 @@
 
 import typer
 
+from vllm_deterministic.demo import demo
 from vllm_deterministic.tiny_model.command import tiny_model
+from vllm_deterministic.verify.command import ListCommand, verify_command
 
 app = typer.Typer(
     name="vllm-deterministic",
@@ -14,7 +16,9 @@ app = typer.Typer(
 )
 
 
+app.command("demo")(demo)
 app.command("tiny-model")(tiny_model)
+app.command("verify", cls=ListCommand)(verify_command)
 
 
 @app.callback()

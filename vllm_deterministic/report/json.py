@@ -1,0 +1,13 @@
+"""The run record itself, as JSON. docs/run-record.md describes it."""
+
+from vllm_deterministic.verify.record import RunRecord
+
+
+def render(record: RunRecord) -> str:
+    """The record as one line of JSON; its lists of tokens would make an indented one endless."""
+    return record.model_dump_json() + "\n"
+
+
+def load(text: str) -> RunRecord:
+    """Read a record back. Raises pydantic.ValidationError where it is none, or of another major version."""
+    return RunRecord.model_validate_json(text)

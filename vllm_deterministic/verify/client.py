@@ -1,0 +1,154 @@
+"""Talk to the server: one POST an answer, and every way that can fail as one clear line."""
+
+import asyncio
+import ipaddress
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httpx
+
+from vllm_deterministic.verify.completion import Completion, load_json, parse_completion
+from vllm_deterministic.verify.settings import Settings
+
+
+class CannotRun(Exception):  # noqa: N818 - named after the exit it leads to, "could not run"
+    """The verification cannot go on. The message says what happened, where, and what to do."""
+
+
+class Rejected(CannotRun):
+    """The server understood the request and refused it (400 or 422), so another request may still be answered."""
+
+
+class Unreachable(CannotRun):
+    """Nothing answers, or what answers says 503: it may yet come up."""
+
+
+class Client:
+    """An HTTP client bound to one server. Use as an async context manager.
+
+    ``transport`` replaces the network, for tests.
+    """
+
+    def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self.base_url = settings.base_url
+        self._timeout = settings.timeout
+        key = settings.api_key.get_secret_value() if settings.api_key else ""
+        self._http = httpx.AsyncClient(
+            base_url=settings.base_url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=None,  # `_request` bounds the whole exchange, which httpx's own time-outs do not
+            # Idle connections are dropped before a server's usual 5 s, lest it close one just as it is used again.
+            limits=httpx.Limits(max_connections=settings.max_concurrency + 1, keepalive_expiry=2.0),
+            transport=transport,
+            trust_env=not _is_loopback(settings.base_url),
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.__aexit__(kind, error, trace)
+
+    async def complete(self, path: str, body: Mapping[str, Any]) -> Completion:
+        """POST a completion request. Raises CannotRun, Rejected or Unreachable; never retries."""
+        response = await self._request("POST", path, body)
+        try:
+            return parse_completion(response.content)
+        except ValueError as error:
+            raise CannotRun(
+                f"{self.base_url}{path} answered with {error}. "
+                "Check that --base-url and --endpoint name an OpenAI-compatible server."
+            ) from None
+
+    async def get_json(self, path: str) -> Any:
+        """GET a JSON document. Raises CannotRun or Unreachable."""
+        response = await self._request("GET", path, None)
+        try:
+            return load_json(response.content)
+        except ValueError as error:
+            raise CannotRun(
+                f"{self.base_url}{path} answered with invalid JSON ({error}). "
+                "Check that --base-url names an OpenAI-compatible server."
+            ) from None
+
+    async def get_text(self, path: str) -> str | None:
+        """GET an optional page: its text, or None where the server has none or does not answer."""
+        try:
+            return (await self._request("GET", path, None)).text
+        except CannotRun:
+            return None
+
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+        where = f"{self.base_url}{path}"
+        try:
+            async with asyncio.timeout(self._timeout):
+                response = await self._http.request(method, path, json=body)
+        except TimeoutError:
+            raise CannotRun(
+                f"{where} did not answer within {self._timeout:g} s. Raise --timeout or lower --max-concurrency."
+            ) from None
+        except httpx.ConnectError as error:
+            raise Unreachable(
+                f"Cannot connect to {self.base_url} ({_reason(error)}). "
+                "Start the server, or correct --base-url; --ready-check-timeout-sec waits for one that is starting."
+            ) from None
+        except httpx.TransportError as error:
+            raise CannotRun(
+                f"{where} broke the connection before it answered ({_reason(error)}). "
+                "See the server's log; it may have stopped."
+            ) from None
+        if response.status_code != 200:
+            raise _refusal(response, where)
+        return response
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words, which httpx wraps: "Connection refused" rather than "All connection attempts failed"."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__
+
+
+def _refusal(response: httpx.Response, where: str) -> CannotRun:
+    status = response.status_code
+    said = f"{where} answered {status}: {_server_message(response)}"
+    if status in (400, 422):
+        return Rejected(f"{said} Check --extra-body, --max-tokens and --logprobs against the server's limits.")
+    if status in (401, 403):
+        return CannotRun(f"{said} Give the server's key with --api-key or OPENAI_API_KEY.")
+    if status == 404:
+        return CannotRun(f"{said} Check --base-url, --endpoint and --model.")
+    if status == 429:
+        return CannotRun(f"{said} The server limits the load: lower --max-concurrency or set --request-rate.")
+    if status == 503:
+        return Unreachable(f"{said} The server is not ready: see its log, or wait with --ready-check-timeout-sec.")
+    return CannotRun(f"{said} See the server's log for the cause.")
+
+
+def _server_message(response: httpx.Response) -> str:
+    """The server's own words, on one line that ends in a full stop."""
+    try:
+        error = load_json(response.content)
+    except ValueError:
+        error = response.text
+    for key in ("error", "message", "detail"):
+        if isinstance(error, dict) and key in error:
+            error = error[key]
+    words = " ".join(str(error).split()) or response.reason_phrase or "no reason given"
+    return (words[:297] + "..." if len(words) > 300 else words).rstrip(".") + "."
