@@ -3,6 +3,7 @@
 import typer
 
 from vllm_deterministic.demo import demo
+from vllm_deterministic.report.command import report_command
 from vllm_deterministic.tiny_model.command import tiny_model
 from vllm_deterministic.verify.command import ListCommand, verify_command
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("tiny-model")(tiny_model)
 app.command("verify", cls=ListCommand)(verify_command)
+app.command("report", cls=ListCommand)(report_command)
 
 
 @app.callback()

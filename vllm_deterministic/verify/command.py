@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -17,8 +17,6 @@ from vllm_deterministic.verify.settings import ARMS, OutputSpec, Settings, expla
 
 _LISTS = ("--arms", "--metadata", "--output")
 _DEFAULT = Settings(base_url="http://127.0.0.1:8000")
-
-Arm = Literal["identical", "mixed", "prefix", "sampled"]
 
 
 class ListCommand(TyperCommand):
@@ -147,6 +145,6 @@ async def _verify_until_signal(settings: Settings) -> RunRecord:
     return await verify(settings, choose_progress(), stop=stop)
 
 
-def _fail(message: str) -> Any:
+def _fail(message: str) -> NoReturn:
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(EXIT_CODES["error"])

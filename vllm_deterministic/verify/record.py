@@ -16,7 +16,7 @@ EXIT_CODES: dict[Status, int] = {"identical": 0, "diverged": 1, "error": 2, "int
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)
 
 
 class TokenRecord(_Part):

@@ -85,7 +85,7 @@ class _Run:
         elif error is not None:
             status, message = "error", f"{error} {_so_far(arms)}"
         elif any(arm.failures for arm in arms):
-            status, message = "diverged", _findings(arms)
+            status, message = "diverged", f"{_failed(arms)}."
         else:
             compared = sum(arm.compared for arm in arms)
             message = f"Each of {compared} answers had the bytes of every other answer to the same request."
@@ -144,9 +144,11 @@ def _so_far(arms: list[ArmRecord]) -> str:
     answered, planned = sum(arm.answered for arm in arms), sum(arm.planned for arm in arms)
     if not answered:
         return "Nothing was compared."
-    findings = _findings(arms) or "none differed."
-    return f"{answered} of {planned} requests of the arms begun were answered; so far: {findings}"
+    return f"So far {answered} of {planned} requests were answered; {_failed(arms)}."
 
 
-def _findings(arms: list[ArmRecord]) -> str:
-    return " ".join(f"{arm.name}: {failure.message}." for arm in arms for failure in arm.failures)
+def _failed(arms: list[ArmRecord]) -> str:
+    failed = [arm.name for arm in arms if arm.failures]
+    if not failed:
+        return "no answer differed"
+    return f"{len(failed)} of {len(arms)} arms failed: {', '.join(failed)}"

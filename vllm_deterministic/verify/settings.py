@@ -40,16 +40,12 @@ class OutputSpec(BaseModel):
             raise ValueError(f"{kind!r} is not a kind of output; choose one of {', '.join(OUTPUT_KINDS)}")
         if not path and kind == "html":
             raise ValueError("kind=html needs a path, for example kind=html,path=report.html")
-        return cls.model_validate({"kind": kind, "path": path or None})
-
-    @field_validator("path")
-    @classmethod
-    def _writable(cls, path: Path | None) -> Path | None:
-        if path is not None and path.is_dir():
-            raise ValueError(f"{path} is a directory, not a file")
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"the directory {path.parent} does not exist")
-        return path
+        target = Path(path) if path else None
+        if target is not None and target.is_dir():
+            raise ValueError(f"{target} is a directory, not a file")
+        if target is not None and not target.parent.is_dir():
+            raise ValueError(f"the directory {target.parent} does not exist")
+        return cls.model_validate({"kind": kind, "path": target})
 
 
 class Settings(BaseModel):
@@ -90,6 +86,8 @@ class Settings(BaseModel):
             valid = False
         if not valid:
             raise ValueError(f"{url!r} is not a URL; give one such as http://127.0.0.1:8000")
+        if parts.username or parts.password:
+            raise ValueError("it holds a user name or a password, which would end up in reports; use --api-key")
         return url.rstrip("/").removesuffix("/v1")
 
     @field_validator("endpoint")
