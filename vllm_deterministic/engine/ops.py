@@ -1,0 +1,64 @@
+"""The operations of ``triton_kernels`` as opaque torch operations, so that compiled and eager code run the same kernels.
+
+A compiler may not look inside: it would fuse element-wise code with wider intermediates, and would freeze one choice of
+tile for every number of rows.
+"""
+
+import torch
+
+from vllm_deterministic.triton_kernels import reference
+
+from .linear import RowTiledLinear
+
+_library = torch.library.Library("vllm_deterministic", "FRAGMENT")
+
+
+def _define(schema: str, fake: object) -> object:
+    def decorate(function: object) -> object:
+        name = _library.define(schema)
+        _library.impl(name, function, "CPU")
+        torch.library.register_fake(f"vllm_deterministic::{name}", fake, lib=_library)
+        return function
+
+    return decorate
+
+
+@_define(
+    "linear(Tensor x, Tensor? bias, str layer) -> Tensor",
+    lambda x, bias, layer: x.new_empty((*x.shape[:-1], RowTiledLinear.named[layer].out_features)),
+)
+def _linear(x: torch.Tensor, bias: torch.Tensor | None, layer: str) -> torch.Tensor:
+    return RowTiledLinear.named[layer](x, bias)
+
+
+@_define(
+    "rms_norm(Tensor x, Tensor? weight, float epsilon) -> Tensor",
+    lambda x, weight, epsilon: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> torch.Tensor:
+    return reference.rms_norm(x, weight, epsilon)
+
+
+@_define(
+    "fused_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float epsilon) -> (Tensor, Tensor)",
+    lambda x, residual, weight, epsilon: (torch.empty_like(x), torch.empty_like(x)),
+)
+def _fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.fused_add_rms_norm(x, residual, weight, epsilon)
+
+
+@_define("silu_and_mul(Tensor x) -> Tensor", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
+def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return reference.silu_and_mul(x)
+
+
+@_define(
+    "rotary_embedding(Tensor positions, Tensor x, Tensor cos_sin_cache, int head_size, bool is_neox_style) -> Tensor",
+    lambda positions, x, cos_sin_cache, head_size, is_neox_style: x.new_empty(x.shape),
+)
+def _rotary_embedding(
+    positions: torch.Tensor, x: torch.Tensor, cos_sin_cache: torch.Tensor, head_size: int, is_neox_style: bool
+) -> torch.Tensor:
+    return reference.rotary_embedding(positions, x, cos_sin_cache, head_size, is_neox_style)

@@ -1,0 +1,118 @@
+"""The ledger: every place where vLLM's code is replaced, with Why, How and Remove when.
+
+``FRONTEND`` is applied in the process that takes requests, ``WORKER`` in the process that runs the model, each only once an
+engine asked for deterministic serving. The flag's own three hooks on ``EngineArgs`` are in ``plugin.py``.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .config import DeterministicConfig
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute.
+
+    ``target``: ``module:attribute.path``. ``make``: takes the original, gives the replacement. ``why``, ``how`` and
+    ``remove_when`` are for the reader.
+    """
+
+    target: str
+    make: Callable[[Any], Any]
+    why: str
+    how: str
+    remove_when: str
+
+
+def apply(patches: Sequence[Patch]) -> None:
+    """Apply each patch that this process has not applied yet."""
+    for patch in patches:
+        module, _, path = patch.target.partition(":")
+        *owners, name = path.split(".")
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        original = owner.__dict__.get(name, getattr(owner, name))
+        if getattr(original, "_deterministic_patch", False):
+            continue
+        replacement = patch.make(original)
+        replacement._deterministic_patch = True
+        setattr(owner, name, replacement)
+
+
+def _seeding(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .sampling import default_seed
+
+        request = original(self, *args, **kwargs)
+        deterministic = DeterministicConfig.of(self.vllm_config)
+        params = request.sampling_params
+        if deterministic is not None and params is not None and params.seed is None and params.temperature > 0:
+            params.seed = default_seed(deterministic.default_seed, request.prompt_token_ids)
+            # vLLM caches how a request samples, and may have looked before there was a seed.
+            params.__dict__.pop("sampling_type", None)
+        return request
+
+    return process_inputs
+
+
+def _module_forward(method: str) -> Callable[[Any], Any]:
+    def make(_original: Any) -> Any:
+        from . import layers
+
+        forward = getattr(layers, method)
+
+        @functools.wraps(forward)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        return replacement
+
+    return make
+
+
+def _model_runner(_original: type) -> type:
+    from .model_runner import DeterministicCPUModelRunner
+
+    return DeterministicCPUModelRunner
+
+
+FRONTEND = (
+    Patch(
+        target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        make=_seeding,
+        why="vLLM draws the noise of a request without a seed from a generator that all requests share.",
+        how="Such a request gets a seed derived from --deterministic-default-seed and its prompt; n choices count up from it.",
+        remove_when="vLLM lets a server set the rule by which unseeded requests are seeded.",
+    ),
+)
+
+_LAYERS = "vllm.model_executor.layers"
+WORKER = (
+    *(
+        Patch(
+            target=f"{_LAYERS}.{module}:{cls}.{method}",
+            make=_module_forward(forward),
+            why="Compiled element-wise code keeps wider intermediates than eager code, and CPU reductions and SiLU change "
+            "with the batch.",
+            how="Every road of dispatch calls one opaque operation of triton_kernels, compiled or not.",
+            remove_when="vLLM dispatches a platform's layers to a registered batch-invariant implementation under compilation.",
+        )
+        for module, cls, forward in (
+            ("layernorm", "RMSNorm", "rms_norm_forward"),
+            ("activation", "SiluAndMul", "silu_and_mul_forward"),
+            ("rotary_embedding.base", "RotaryEmbedding", "rotary_embedding_forward"),
+        )
+        for method in ("forward_native", "forward_cpu")
+    ),
+    Patch(
+        target="vllm.v1.worker.cpu_worker:CPUModelRunner",
+        make=_model_runner,
+        why="The runner builds its sampler itself and rewinds torch generators, which a CPU generator does not allow.",
+        how="A subclass with the deterministic sampler and noise keyed by (seed, position, vocabulary id).",
+        remove_when="vLLM's CPU runner takes its sampler from the configuration.",
+    ),
+)

@@ -1,0 +1,102 @@
+"""The entry point ``vllm.general_plugins``: adds the flag and, where it was given, prepares the engine's configuration.
+
+``register`` runs in every process of vLLM. It touches three methods of ``EngineArgs``; all else happens in the processes of
+an engine that asked for it (see ``patches.py``), so that without the flag vLLM runs as if the plugin were not installed.
+"""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from . import config as settings
+from .config import DeterministicConfig, RefusalError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+
+def register() -> None:
+    """Hook the flag into vLLM's command line and engine arguments; may be called any number of times."""
+    import vllm.envs
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs, "_deterministic_registered", False):
+        return
+    # vLLM warns of variables with its prefix that it does not know.
+    vllm.envs.environment_variables.setdefault(settings.ENVIRONMENT_VARIABLE, settings.requested_by_environment)
+    _add_flags(EngineArgs)
+    _read_flags(EngineArgs)
+    _configure(EngineArgs)
+    EngineArgs._deterministic_registered = True
+
+
+def _add_flags(engine_args: "type[EngineArgs]") -> None:
+    original = engine_args.add_cli_args
+
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        settings.add_cli_args(parser)
+        return parser
+
+    engine_args.add_cli_args = staticmethod(add_cli_args)
+
+
+def _read_flags(engine_args: "type[EngineArgs]") -> None:
+    original = engine_args.from_cli_args.__func__
+
+    def from_cli_args(cls: "type[EngineArgs]", args: argparse.Namespace) -> "EngineArgs":
+        try:
+            settings.merge_cli_args(args)
+        except RefusalError as refusal:
+            _exit(refusal)
+        result: EngineArgs = original(cls, args)
+        result._from_command_line = True
+        return result
+
+    engine_args.from_cli_args = classmethod(from_cli_args)
+
+
+def _configure(engine_args: "type[EngineArgs]") -> None:
+    original = engine_args.create_engine_config
+
+    def create_engine_config(self: "EngineArgs", *args: Any, **kwargs: Any) -> "VllmConfig":
+        try:
+            deterministic = _requested(self)
+            if deterministic is None:
+                return original(self, *args, **kwargs)
+            return _deterministic_config(self, deterministic, lambda: original(self, *args, **kwargs))
+        except RefusalError as refusal:
+            if getattr(self, "_from_command_line", False):
+                _exit(refusal)
+            raise
+
+    engine_args.create_engine_config = create_engine_config
+
+
+def _requested(engine_args: "EngineArgs") -> DeterministicConfig | None:
+    additional = engine_args.additional_config
+    if settings.requested_by_environment() and not additional.get(settings.ADDITIONAL_CONFIG_KEY):
+        additional = {**additional, settings.ADDITIONAL_CONFIG_KEY: True}
+    return DeterministicConfig.from_additional_config(additional)
+
+
+def _deterministic_config(engine_args: "EngineArgs", deterministic: DeterministicConfig, create: Any) -> "VllmConfig":
+    from . import coverage, patches
+
+    coverage.check_versions(deterministic)
+    coverage.check_engine_args(engine_args)
+    engine_args.additional_config = {
+        **engine_args.additional_config,
+        settings.ADDITIONAL_CONFIG_KEY: deterministic.model_dump(),
+    }
+    vllm_config: VllmConfig = create()
+    coverage.check_config(vllm_config, deterministic)
+    vllm_config.parallel_config.worker_cls = "vllm_deterministic.engine.cpu.DeterministicCPUWorker"
+    patches.apply(patches.FRONTEND)
+    return vllm_config
+
+
+def _exit(refusal: RefusalError) -> None:
+    """End a command of vLLM's without a traceback: the message is all that the user needs."""
+    sys.exit(f"vllm-deterministic: {refusal}")
