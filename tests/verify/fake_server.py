@@ -57,7 +57,7 @@ class FakeServer:
     fingerprints: tuple[str, ...] = ("fp-0",)
     max_model_len: int = 4096
     block_size: int = 16
-    latency_s: float = 0.002
+    latency_s: float = 0.01
     key: str | None = None
 
     seen: list[Incoming] = field(default_factory=list)

@@ -53,7 +53,11 @@ def test_reads_what_the_command_line_gives() -> None:
 
 def test_command_line_repeats_the_run_without_the_key() -> None:
     settings = Settings(
-        base_url=URL, arms=("mixed", "prefix"), extra_body={"a": 1}, metadata={"k": "two words"}, api_key=SecretStr("sk")
+        base_url=URL,
+        arms=("mixed", "prefix"),
+        extra_body={"a": 1},
+        metadata={"k": "two words"},
+        api_key=SecretStr("sk"),
     )
     words = shlex.split(settings.command_line())
     assert words[:2] == ["vllm-deterministic", "verify"]

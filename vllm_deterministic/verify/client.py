@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -120,7 +121,7 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
+            return os.strerror(cause.errno or 0) if isinstance(cause, ConnectionError) else cause.strerror
         cause = cause.__cause__ or cause.__context__
     return str(error) or type(error).__name__
 

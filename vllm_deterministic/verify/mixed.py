@@ -14,7 +14,6 @@ from vllm_deterministic.verify.settings import Settings
 from vllm_deterministic.verify.workload import Ask, Planned, Site, Wave, Waves, target, words
 
 _LADDER = (0, 1, 2, 5, 17, 64, 256, 1024)
-_SPREAD_S = 0.25  # arrivals of one wave lie within this many seconds
 _LONGEST = 128  # words
 
 
@@ -46,7 +45,7 @@ def waves(settings: Settings, site: Site) -> Waves:
     for neighbours, targets in _sizes(settings):
         asks: list[Ask | None] = [None] * targets + [_noise(rng, settings, site) for _ in range(neighbours)]
         rng.shuffle(asks)
-        arrivals = sorted(rng.uniform(0, _SPREAD_S) for _ in asks)
+        arrivals = sorted(rng.random() for _ in asks)
         requests = []
         for stranger, arrival in zip(asks, arrivals, strict=True):
             if stranger is None:

@@ -96,7 +96,7 @@ def _conversation_waves(number: int, settings: Settings, site: Site) -> Waves:
         requests = [Planned(name, ask, f"talk-{number}") for name, ask in asks.items()]
         answers = yield Wave(f"turn {turn}", requests, settings.max_concurrency)
         talks = {
-            name: pieces + _answer(answers[f"{name}-turn-{turn}"]) + _pieces(rng, site, _TAIL)
+            name: pieces + _answer(answers[f"{name}-turn-{turn}"], site) + _pieces(rng, site, _TAIL)
             for name, pieces in talks.items()
         }
     afresh = [Planned(f"{name}-afresh", ask, f"{name}-afresh") for name, ask in asked.items()]
@@ -130,6 +130,6 @@ def _pieces(rng: random.Random, site: Site, length: int) -> Pieces:
     return tuple(words(rng, length).split())
 
 
-def _answer(completion: Completion) -> Pieces:
+def _answer(completion: Completion, site: Site) -> Pieces:
     choice = completion.choices[0]
-    return choice.token_ids if choice.token_ids is not None else (choice.text,)
+    return choice.token_ids if site.alphabet and choice.token_ids is not None else (choice.text,)

@@ -1,10 +1,10 @@
 """Send the waves of an arm and keep what comes back."""
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 from vllm_deterministic.verify.client import CannotRun, Client, Rejected
 from vllm_deterministic.verify.completion import Completion
@@ -26,6 +26,7 @@ class Sender:
         self._run_id = run_id
         self._started = started
         self._pace = random.Random(f"pace {settings.seed}")
+        self._fastest_s: float | None = None
 
     async def run_arm(self, waves: Waves, arm: ArmJournal, progress: Progress) -> None:
         """Send every wave of an arm. Answers land in the journal at once, so that it is whole whenever this is
@@ -51,12 +52,12 @@ class Sender:
             arm.finished_s = self._now()
 
     async def _run_wave(self, wave: Wave, arm: ArmJournal, progress: Progress) -> None:
-        queue = iter(self._paced(wave))
+        queue = self._timed(wave)
         begun = time.monotonic()
 
         async def work() -> None:
-            for planned in queue:
-                await asyncio.sleep(max(0.0, begun + planned.delay_s - time.monotonic()))
+            for planned, arrival_s in queue:
+                await asyncio.sleep(max(0.0, begun + arrival_s - time.monotonic()))
                 await self._exchange(planned, wave.phase, arm)
                 progress.advance()
 
@@ -90,18 +91,21 @@ class Sender:
             raise CannotRun(
                 f"{planned.id} was answered without logprobs, though earlier requests had them. See the server's log."
             )
-        arm.exchanges.append(Exchange.of(planned, key, phase, sent, self._now(), completion))
+        finished = self._now()
+        if planned.compared:
+            self._fastest_s = min(self._fastest_s or math.inf, finished - sent)
+        arm.exchanges.append(Exchange.of(planned, key, phase, sent, finished, completion))
 
-    def _paced(self, wave: Wave) -> Iterator[Planned]:
-        """Arrivals of a Poisson process where ``--request-rate`` is finite, the wave's own where not."""
+    def _timed(self, wave: Wave) -> Iterator[tuple[Planned, float]]:
+        """Seconds from the start of the wave: a Poisson process where ``--request-rate`` is finite, as planned where
+        not.
+        """
         rate = self._settings.request_rate
-        if rate == float("inf"):
-            yield from wave.requests
-            return
-        arrival = 0.0
+        answer_s = self._fastest_s or 0.0
+        arrival_s = 0.0
         for planned in wave.requests:
-            arrival += self._pace.expovariate(rate)
-            yield replace(planned, delay_s=arrival)
+            arrival_s = planned.delay * answer_s if rate == math.inf else arrival_s + self._pace.expovariate(rate)
+            yield planned, arrival_s
 
     async def _counters(self) -> Counters | None:
         if not self._server.has_metrics:

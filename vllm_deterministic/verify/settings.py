@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 ArmName = Literal["identical", "mixed", "prefix", "sampled"]
 OutputKind = Literal["console", "json", "html"]
@@ -139,6 +148,10 @@ class Settings(BaseModel):
                 "the arm 'sampled' needs --max-tokens 4 or more, or different seeds may rightly give the same tokens"
             )
         return self
+
+    @field_serializer("request_rate")
+    def _json_has_no_infinity(self, rate: float) -> float | str:
+        return rate if math.isfinite(rate) else "inf"
 
     @property
     def is_chat(self) -> bool:

@@ -38,17 +38,18 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A request in its place. ``salt`` names the prefix cache it may share: requests with different salts share
-    nothing.
+    """A request in its place.
 
-    Requests of one ``family`` differ in the seed alone and must not all have the same output. An uncompared request is
-    there for its neighbours' sake alone.
+    ``salt`` names the prefix cache it may share: requests with different salts share nothing. ``delay`` counts from
+    the start of the wave in answer times: 1.0 is as long as the server takes for a compared answer at its fastest, so
+    that requests overlap on slow and fast servers alike. Requests of one ``family`` differ in the seed alone and must
+    not all have the same output. An uncompared request is there for its neighbours' sake alone.
     """
 
     id: str
     ask: Ask
     salt: str | None = None
-    delay_s: float = 0.0
+    delay: float = 0.0
     family: str | None = None
     compared: bool = True
 
