@@ -18,4 +18,4 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """
     gate, up = x.chunk(2, dim=-1)
     gate = gate.float()
-    return (gate / (1 + torch.exp(-gate))).to(x.dtype) * up
+    return gate.div(torch.exp(-gate).add_(1)).to(x.dtype).mul_(up)

@@ -1,5 +1,6 @@
 """Attention of a step's tokens over the paged KV cache, by plan."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,21 @@ def write_cache(units: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapp
     units[unit, 1, :, slot] = v
 
 
+class Workspace:
+    """Memory for the key tiles in use, kept from layer to layer: fresh pages cost several times the copy into them."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of this shape and dtype with any content, valid until the next call with the same name and dtype."""
+        size = math.prod(shape)
+        held = self._held.get((name, dtype))
+        if held is None or held.numel() < size:
+            held = self._held[name, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size].view(shape)
+
+
 def paged_attention(
     q: torch.Tensor,
     units: torch.Tensor,
@@ -47,6 +63,7 @@ def paged_attention(
     *,
     scale: float,
     min_batch: int,
+    workspace: Workspace,
     out: torch.Tensor,
 ) -> None:
     """Attention of every row in ``plan``, written to ``out``.
@@ -57,6 +74,7 @@ def paged_attention(
         plan: from ``attention_plan.plan_attention`` for the same block size.
         scale: factor of the scores.
         min_batch: see ``split_partial``.
+        workspace: may serve any number of calls, one at a time.
         out: ``[T, query heads, D]``; rounded once to its dtype.
     """
     halves = units.view(-1, *units.shape[2:])
@@ -68,7 +86,10 @@ def paged_attention(
         )
         for batch in tiles.batches:
             splits = len(batch.tile)
-            k, v = (_read(halves, batch.units * 2 + half).view(splits, -1, H, KEY_TILE, D) for half in (0, 1))
+            k, v = (
+                _read(halves, batch.units * 2 + half, name, workspace).view(splits, -1, H, KEY_TILE, D)
+                for half, name in enumerate(("k", "v"))
+            )
             partial = split_partial(rows[batch.tile], k, v, batch.visible, min_batch)
             for begin, end in batch.runs:
                 _fold(state, batch.tile[begin:end], partial, slice(begin, end))
@@ -86,13 +107,16 @@ def _tile_rows(q: torch.Tensor, tiles: QueryTiles, H: int) -> torch.Tensor:
     return rows if not lacking else torch.cat([rows, rows[:, :, -1:].expand(-1, -1, lacking, -1)], dim=2)
 
 
-def _read(halves: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _read(halves: torch.Tensor, index: torch.Tensor, name: str, workspace: Workspace) -> torch.Tensor:
     """Key tiles ``[C * T, H, KEY_TILE, D]`` as fp32."""
     _, H, slots, D = halves.shape
-    read = halves.index_select(0, index).float()
+    read = workspace.take(name, (len(index), H, slots, D), halves.dtype)
+    torch.index_select(halves, 0, index, out=read)
     if slots < KEY_TILE:
         read = read.view(-1, KEY_TILE // slots, H, slots, D).transpose(1, 2).reshape(-1, H, KEY_TILE, D)
-    return read
+    if read.dtype == torch.float32:
+        return read
+    return workspace.take(f"{name} widened", read.shape, torch.float32).copy_(read)
 
 
 def _fold(state: Partial, tile: torch.Tensor, partial: Partial, part: slice) -> None:

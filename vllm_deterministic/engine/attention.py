@@ -19,10 +19,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_deterministic.triton_kernels import reference
-from vllm_deterministic.triton_kernels.bit_class import certified_row_tiles
+from vllm_deterministic.triton_kernels.bit_class import certified_row_tiles, mirrored
 from vllm_deterministic.triton_kernels.reference.attention import KEY_TILE
 from vllm_deterministic.triton_kernels.reference.attention_plan import QueryTiles
-from vllm_deterministic.triton_kernels.reference.paged_attention import cache_units, write_cache
+from vllm_deterministic.triton_kernels.reference.paged_attention import Workspace, cache_units, write_cache
 
 from .config import DeterministicConfig, RefusalError
 
@@ -63,11 +63,12 @@ class DeterministicCPUAttentionBackend(CPUAttentionBackend):
 
 @dataclass(frozen=True)
 class DeterministicCPUAttentionMetadata:
-    """``plans``: by window, the work of one step. ``block_size``: slots in a block. ``min_batch``: see ``reference``."""
+    """``plans``: by window, the work of one step. ``block_size``: slots in a block. The others: see ``reference.paged_attention``."""
 
     num_actual_tokens: int
     block_size: int
     min_batch: int
+    workspace: Workspace
     plans: dict[int | None, tuple[QueryTiles, ...]]
 
 
@@ -86,6 +87,7 @@ class DeterministicCPUAttentionMetadataBuilder(AttentionMetadataBuilder[Determin
         self.windows = sorted({impl.window for impl in impls}, key=lambda window: window or 0)
         self.group_size = impls[0].num_queries_per_kv
         self.min_batch = torch.get_num_threads()
+        self.workspace = Workspace()
         self.row_tiles = certified_attention_rows(self.group_size, kv_cache_spec.head_size, self.min_batch)
         logger.info("deterministic attention: KV split %d, query tiles of %s rows", self.kv_split, self.row_tiles)
 
@@ -108,7 +110,7 @@ class DeterministicCPUAttentionMetadataBuilder(AttentionMetadataBuilder[Determin
             for window in self.windows
         }
         return DeterministicCPUAttentionMetadata(
-            common.num_actual_tokens, self.kv_cache_spec.block_size, self.min_batch, plans
+            common.num_actual_tokens, self.kv_cache_spec.block_size, self.min_batch, self.workspace, plans
         )
 
 
@@ -180,6 +182,7 @@ class DeterministicCPUAttentionImpl(AttentionImpl[DeterministicCPUAttentionMetad
             attn_metadata.plans[self.window],
             scale=self.scale,
             min_batch=attn_metadata.min_batch,
+            workspace=attn_metadata.workspace,
             out=output[:tokens],
         )
         return output
@@ -200,9 +203,10 @@ def certified_attention_rows(group_size: int, head_size: int, min_batch: int) ->
     base = max(BASE_ROWS, 1 << (group_size - 1).bit_length())
     candidates = [rows for rows in CANDIDATE_ROWS if rows >= group_size and rows != base]
     generator = torch.Generator().manual_seed(1)
-    keys = torch.randn(KEY_TILE, head_size, generator=generator)
+    keys = mirrored(KEY_TILE, head_size, sign=1, dtype=torch.float32, generator=generator)
+    values = mirrored(head_size, KEY_TILE, sign=1, dtype=torch.float32, generator=generator).t().contiguous()
     # The scores read keys transposed, the weighted sum reads values as they lie.
-    products = ((keys.t(), "scores"), (keys, "weighted sum"))
+    products = ((keys.t(), "scores"), (values, "weighted sum"))
     certified = set(candidates) | {base}
     for right, name in products:
         try:
@@ -231,4 +235,5 @@ def _certify_product(right: torch.Tensor, base: int, candidates: list[int], min_
     each = product(torch.randn(base, right.shape[0])).chunk(len(calls), dim=1)
     if not all(torch.equal(out, each[0]) for out in each):
         raise ValueError(f"the bytes of {base} rows depend on the number of products in a call")
-    return certified_row_tiles(product, right.shape[0], torch.float32, base=base, candidates=candidates)
+    rows = mirrored(max(base, *candidates), right.shape[0], sign=-1, dtype=torch.float32, generator=torch.Generator())
+    return certified_row_tiles(product, rows, base=base, candidates=candidates)

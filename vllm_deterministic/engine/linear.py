@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from vllm_deterministic.triton_kernels import reference
-from vllm_deterministic.triton_kernels.bit_class import certified_row_tiles
+from vllm_deterministic.triton_kernels.bit_class import certified_row_tiles, mirrored
 
 from .config import RefusalError
 
@@ -57,7 +58,7 @@ def tile_rows(model: torch.nn.Module, dtype: torch.dtype) -> None:
         linear = RowTiledLinear(layer.cpu_linear, weight, out_features)
         shape = (out_features, in_features)
         if shape not in certified:
-            certified[shape] = _certify(name, linear, in_features, dtype)
+            certified[shape] = _certify(name, *shape, dtype)
         linear.tiles = certified[shape]
         RowTiledLinear.named[name] = linear
         layer.cpu_linear = lambda x, weight, bias, name=name: torch.ops.vllm_deterministic.linear(x, bias, name)
@@ -65,14 +66,17 @@ def tile_rows(model: torch.nn.Module, dtype: torch.dtype) -> None:
         logger.info("deterministic linear N=%d K=%d: tiles of %s rows", n, k, ", ".join(map(str, tiles)))
 
 
-def _certify(name: str, linear: RowTiledLinear, in_features: int, dtype: torch.dtype) -> tuple[int, ...]:
+def _certify(name: str, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[int, ...]:
+    # The library chooses by shape and dtype, so a layer of the same shape with weights made for the purpose stands for all.
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.nn.Module()
+    weight = mirrored(out_features, in_features, sign=1, dtype=dtype, generator=generator)
+    probe.weight = torch.nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(probe, remove_weight=False)
+    x = mirrored(max(BASE_ROWS, *CANDIDATE_ROWS), in_features, sign=-1, dtype=dtype, generator=generator)
     try:
         return certified_row_tiles(
-            lambda rows: linear.library_linear(rows, linear.weight, None),
-            in_features,
-            dtype,
-            base=BASE_ROWS,
-            candidates=CANDIDATE_ROWS,
+            lambda rows: probe.cpu_linear(rows, probe.weight, None), x, base=BASE_ROWS, candidates=CANDIDATE_ROWS
         )
     except ValueError as error:
         raise RefusalError(
