@@ -57,7 +57,7 @@ class FakeServer:
     fingerprints: tuple[str, ...] = ("fp-0",)
     max_model_len: int = 4096
     block_size: int = 16
-    latency_s: float = 0.01
+    latency_s: float = 0.005
     key: str | None = None
 
     seen: list[Incoming] = field(default_factory=list)
@@ -162,8 +162,9 @@ class FakeServer:
         entries = [self._entry(token, position) for position, token in enumerate(tokens)]
         beyond = self.vary_logprob_beyond
         if beyond is not None and incoming.in_flight > beyond:
-            token, logprob, top = entries[1]
-            entries[1] = (token, _next_float32(logprob), {**top, token: _next_float32(logprob)})
+            place = min(1, len(entries) - 1)
+            token, logprob, top = entries[place]
+            entries[place] = (token, _next_float32(logprob), {**top, token: _next_float32(logprob)})
         choice: dict[str, Any] = {"index": index, "finish_reason": "length"}
         text = "".join(f" w{token}" for token in tokens)
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}

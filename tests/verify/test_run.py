@@ -216,6 +216,12 @@ async def test_refused_neighbours_do_not_end_the_run() -> None:
     assert any(f"refused {arm.refused} neighbours" in note for note in record.notes)
 
 
+async def test_a_prefix_cache_that_is_off_is_noted() -> None:
+    record = await _verify(FakeServer(block_size=10**6), "prefix", block_size=16)
+    assert record.status == "identical"
+    assert any("found nothing in its prefix cache" in note for note in record.notes)
+
+
 async def test_several_fingerprints_are_noted() -> None:
     record = await _verify(FakeServer(fingerprints=("fp-0", "fp-1")), "identical")
     assert record.server.system_fingerprints == ["fp-0", "fp-1"]

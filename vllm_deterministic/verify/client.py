@@ -123,7 +123,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return os.strerror(cause.errno or 0) if isinstance(cause, ConnectionError) else cause.strerror
         cause = cause.__cause__ or cause.__context__
-    return str(error) or type(error).__name__
+    return str(error).rstrip(".") or type(error).__name__
 
 
 def _refusal(response: httpx.Response, where: str) -> CannotRun:

@@ -125,6 +125,8 @@ def verify_command(
         _fail(explain(error))
     except ValueError as error:
         _fail(f"--output: {error}")
+    if settings.ready_check_timeout_sec:
+        typer.echo(f"Waiting up to {settings.ready_check_timeout_sec:g} s for {settings.base_url}", err=True)
     record = asyncio.run(_verify_until_signal(settings))
     try:
         write_reports(record, outputs)

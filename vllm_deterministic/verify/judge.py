@@ -1,6 +1,7 @@
 """From what was sent and came back to what it means: one `ArmRecord` an arm."""
 
 import statistics
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
@@ -35,7 +36,8 @@ def _judge_arm(arm: ArmJournal, references: Mapping[str, Exchange]) -> ArmRecord
     by_key: dict[str, list[Exchange]] = {}
     for exchange in sorted(compared, key=attrgetter("sent_s")):
         by_key.setdefault(exchange.key, []).append(exchange)
-    groups = [_group(exchanges, references[key], arm.exchanges) for key, exchanges in by_key.items()]
+    timeline = _Timeline(arm.exchanges)
+    groups = [_group(exchanges, references[key], timeline) for key, exchanges in by_key.items()]
     unique_outputs = max((_distinct(group, "output_digest") for group in groups), default=0)
     unique_logprobs = max((_distinct(group, "logprob_digest") for group in groups), default=0)
     divergent = sum(len(variant.requests) for group in groups for variant in group.variants)
@@ -62,11 +64,30 @@ def _judge_arm(arm: ArmJournal, references: Mapping[str, Exchange]) -> ArmRecord
     )
 
 
-def _group(exchanges: Sequence[Exchange], reference: Exchange, all_exchanges: Sequence[Exchange]) -> RequestGroup:
+class _Timeline:
+    """Find the requests that were in flight at the same time as another."""
+
+    def __init__(self, exchanges: Sequence[Exchange]) -> None:
+        self._exchanges = sorted(exchanges, key=attrgetter("sent_s"))
+        self._sent = [exchange.sent_s for exchange in self._exchanges]
+        self._longest = max((exchange.finished_s - exchange.sent_s for exchange in exchanges), default=0.0)
+
+    def beside(self, exchange: Exchange) -> list[str]:
+        """Ids in the order of sending."""
+        first = bisect_left(self._sent, exchange.sent_s - self._longest)
+        last = bisect_left(self._sent, exchange.finished_s)
+        return [
+            other.planned.id
+            for other in self._exchanges[first:last]
+            if other is not exchange and other.finished_s > exchange.sent_s
+        ]
+
+
+def _group(exchanges: Sequence[Exchange], reference: Exchange, timeline: _Timeline) -> RequestGroup:
     by_digest: dict[str, list[Exchange]] = {reference.logprob_digest: []}
     for exchange in exchanges:
         by_digest.setdefault(exchange.logprob_digest, []).append(exchange)
-    variants = [_variant(members, reference, all_exchanges) for members in by_digest.values()]
+    variants = [_variant(members, reference, timeline) for members in by_digest.values()]
     ask = exchanges[0].planned.ask
     prompt = ask.prompt if isinstance(ask.prompt, str) else str(list(ask.prompt[: _PROMPT_SHOWN // 4]))
     return RequestGroup(
@@ -79,7 +100,7 @@ def _group(exchanges: Sequence[Exchange], reference: Exchange, all_exchanges: Se
     )
 
 
-def _variant(members: Sequence[Exchange], reference: Exchange, all_exchanges: Sequence[Exchange]) -> VariantRecord:
+def _variant(members: Sequence[Exchange], reference: Exchange, timeline: _Timeline) -> VariantRecord:
     first = members[0] if members else reference
     difference = compare(reference.completion, first.completion)
     return VariantRecord(
@@ -88,17 +109,10 @@ def _variant(members: Sequence[Exchange], reference: Exchange, all_exchanges: Se
         count=len(members),
         choices=[_choice(choice) for choice in first.completion.choices],
         difference=DifferenceRecord.model_validate(difference, from_attributes=True) if difference else None,
-        requests=[_divergent(member, all_exchanges) for member in members] if difference else [],
+        requests=[DivergentRequest(id=member.planned.id, beside=timeline.beside(member)) for member in members]
+        if difference
+        else [],
     )
-
-
-def _divergent(exchange: Exchange, all_exchanges: Sequence[Exchange]) -> DivergentRequest:
-    beside = [
-        other.planned.id
-        for other in all_exchanges
-        if other is not exchange and other.sent_s < exchange.finished_s and other.finished_s > exchange.sent_s
-    ]
-    return DivergentRequest(id=exchange.planned.id, beside=beside)
 
 
 def _distinct(group: RequestGroup, digest: str) -> int:

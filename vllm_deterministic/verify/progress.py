@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBars
 from rich.text import Text
 
@@ -43,26 +43,29 @@ class BarProgress:
     """A rich bar an arm, with rate and remaining time."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._bars = RichBars(
+        self._console = Console(file=stream)
+        self._bar: RichBars | None = None
+
+    def start(self, arm: str, total: int) -> None:
+        self._bar = RichBars(
             TextColumn("{task.description:>9}"),
             BarColumn(),
             MofNCompleteColumn(),
             _Rate(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(file=stream),
+            console=self._console,
         )
-        self._task: TaskID | None = None
-
-    def start(self, arm: str, total: int) -> None:
-        self._bars.start()
-        self._task = self._bars.add_task(arm, total=total)
+        self._bar.add_task(arm, total=total)
+        self._bar.start()
 
     def advance(self) -> None:
-        if self._task is not None:
-            self._bars.advance(self._task)
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0])
 
     def finish(self) -> None:
-        self._bars.stop()
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 class PlainProgress:

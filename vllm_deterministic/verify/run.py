@@ -22,6 +22,10 @@ from vllm_deterministic.verify.settings import ArmName, Settings
 
 _ARMS: dict[ArmName, ModuleType] = {"identical": identical, "mixed": mixed, "prefix": prefix, "sampled": sampled}
 
+_NO_HITS = (
+    "prefix: the server found nothing in its prefix cache, so cold and warm were the same; is its cache turned off?"
+)
+
 
 async def verify(
     settings: Settings,
@@ -128,6 +132,7 @@ class _Run:
         notes = list(self._server.notes)
         if "prefix" in self._settings.arms:
             notes += prefix.untested(self._settings, self._server.site)
+            notes += [_NO_HITS for arm in arms if arm.name == "prefix" and _found_nothing_cached(arm)]
         fingerprints = self._fingerprints()
         if len(fingerprints) > 1:
             notes.append(
@@ -138,6 +143,11 @@ class _Run:
         if refused:
             notes.append(f"The server refused {refused} neighbours (400 or 422); they ran beside nothing.")
         return notes
+
+
+def _found_nothing_cached(arm: ArmRecord) -> bool:
+    hits = [phase.prefix_cache_hits for phase in arm.phases if phase.prefix_cache_hits is not None]
+    return bool(hits) and arm.answered == arm.planned and not any(hits)
 
 
 def _so_far(arms: list[ArmRecord]) -> str:

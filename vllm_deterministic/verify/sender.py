@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator
 
 from vllm_deterministic.verify.client import CannotRun, Client, Rejected
-from vllm_deterministic.verify.completion import Completion
 from vllm_deterministic.verify.journal import ArmJournal, Exchange
 from vllm_deterministic.verify.metrics import Counters, read_counters
 from vllm_deterministic.verify.progress import Progress
 from vllm_deterministic.verify.server import Server
 from vllm_deterministic.verify.settings import Settings
-from vllm_deterministic.verify.workload import Planned, Wave, Waves, request_body, request_key
+from vllm_deterministic.verify.workload import Answers, Planned, Wave, Waves, request_body, request_key
 
 
 class Sender:
@@ -29,25 +28,19 @@ class Sender:
         self._fastest_s: float | None = None
 
     async def run_arm(self, waves: Waves, arm: ArmJournal, progress: Progress) -> None:
-        """Send every wave of an arm. Answers land in the journal at once, so that it is whole whenever this is
-        stopped.
-        """
+        """Send every wave of an arm. Answers land in the journal at once, so it is whole whenever this is stopped."""
         before = await self._counters()
-        answers: dict[str, Completion] = {}
+        wave = next(waves, None)
         try:
-            while True:
-                try:
-                    wave = waves.send(answers) if arm.exchanges else next(waves)
-                except StopIteration:
-                    arm.complete = True
-                    return
+            while wave is not None:
                 done = len(arm.exchanges)
                 await self._run_wave(wave, arm, progress)
-                answers = {exchange.planned.id: exchange.completion for exchange in arm.exchanges[done:]}
                 after = await self._counters()
                 if before is not None and after is not None:
                     arm.count(wave.phase, after - before)
                 before = after
+                wave = _next(waves, {exchange.planned.id: exchange.completion for exchange in arm.exchanges[done:]})
+            arm.complete = True
         finally:
             arm.finished_s = self._now()
 
@@ -97,8 +90,8 @@ class Sender:
         arm.exchanges.append(Exchange.of(planned, key, phase, sent, finished, completion))
 
     def _timed(self, wave: Wave) -> Iterator[tuple[Planned, float]]:
-        """Seconds from the start of the wave: a Poisson process where ``--request-rate`` is finite, as planned where
-        not.
+        """Each request with its arrival in the wave: a Poisson process at a finite ``--request-rate``, else as
+        planned.
         """
         rate = self._settings.request_rate
         answer_s = self._fastest_s or 0.0
@@ -114,3 +107,10 @@ class Sender:
 
     def _now(self) -> float:
         return time.monotonic() - self._started
+
+
+def _next(waves: Waves, answers: Answers) -> Wave | None:
+    try:
+        return waves.send(answers)
+    except StopIteration:
+        return None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -54,6 +55,8 @@ class OutputSpec(BaseModel):
             raise ValueError(f"{target} is a directory, not a file")
         if target is not None and not target.parent.is_dir():
             raise ValueError(f"the directory {target.parent} does not exist")
+        if target is not None and not os.access(target if target.exists() else target.parent, os.W_OK):
+            raise ValueError(f"there is no permission to write {target}")
         return cls.model_validate({"kind": kind, "path": target})
 
 
