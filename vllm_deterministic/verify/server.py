@@ -117,9 +117,8 @@ async def _probe(client: Client, settings: Settings, server: Server) -> Server:
         notes.append("The server tells no token ids: texts were compared in their place.")
     if len(choice.tokens) < min(4, settings.max_tokens):
         notes.append(f"The target's answer ends after {len(choice.tokens)} tokens, a weak test; --ignore-eos goes on.")
-    alphabet = tuple(
-        sorted(set((answer.prompt_token_ids or ())[1:]))
-    )  # without the first, which may mark the beginning
+    # The first id is left out: it may be the one that marks the beginning of a text.
+    alphabet = tuple(sorted(set((answer.prompt_token_ids or ())[1:])))
     usable = choice.token_ids is not None and len(alphabet) >= 2
     if "prefix" in settings.arms:
         if not usable:
@@ -145,6 +144,5 @@ async def _check_completions(client: Client, settings: Settings, server: Server)
         await client.complete(settings.completions_endpoint, body)
     except CannotRun as error:
         others = ",".join(arm for arm in settings.arms if arm != "prefix")
-        raise CannotRun(
-            f"The arm 'prefix' needs {settings.completions_endpoint}; leave it out with --arms {others}. {error}"
-        ) from None
+        hint = f"; leave it out with --arms {others}" if others else ""
+        raise CannotRun(f"The arm 'prefix' needs {settings.completions_endpoint}{hint}. {error}") from None
