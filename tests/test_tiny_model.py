@@ -143,7 +143,7 @@ def test_chat_template(small_model: Path) -> None:
     ],
 )
 def test_bad_values_are_refused_in_one_line(tmp_path: Path, args: list[str], reason: str) -> None:
-    assert run(tmp_path / "model", *args) == (2, f"tiny-model: {reason}\n")
+    assert run(tmp_path / "model", *args) == (2, f"Error: {reason}\n")
     assert not (tmp_path / "model").exists()
 
 
@@ -151,11 +151,11 @@ def test_files_of_others_are_never_replaced(tmp_path: Path, monkeypatch: pytest.
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    assert run(other) == (2, f"tiny-model: {other} is not empty and holds no tiny model: give another directory\n")
-    assert run(other / "config.json") == (2, f"tiny-model: {other / 'config.json'} is no directory\n")
+    assert run(other) == (2, f"Error: {other} is not empty and holds no tiny model: give another directory\n")
+    assert run(other / "config.json") == (2, f"Error: {other / 'config.json'} is no directory\n")
     assert run(other / "config.json" / "model")[0] == 2
     monkeypatch.chdir(other)
-    assert run(".") == (2, f"tiny-model: {other} is or holds the current directory: give another one\n")
+    assert run(".") == (2, f"Error: {other} is or holds the current directory: give another one\n")
     assert [path.name for path in other.iterdir()] == ["config.json"]
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vllm_deterministic.tiny_model.write.to_bytes", full)
-    assert run(tmp_path / "model") == (2, f"tiny-model: cannot write {tmp_path / 'model'}: No space left on device\n")
+    assert run(tmp_path / "model") == (2, f"Error: cannot write {tmp_path / 'model'}: No space left on device\n")
     assert not any(tmp_path.iterdir())
 
 
@@ -174,5 +174,6 @@ def test_without_the_extra_it_names_it(tmp_path: Path, monkeypatch: pytest.Monke
     code, output = run(tmp_path / "model")
     assert code == 2
     assert (
-        output == "tiny-model: needs numpy, which is not installed: pip install 'vllm-deterministic[cpu]' (or [cuda])\n"
+        output
+        == "Error: the model needs numpy, which is not installed: pip install 'vllm-deterministic[cpu]' (or [cuda])\n"
     )

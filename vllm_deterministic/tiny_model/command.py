@@ -1,7 +1,7 @@
 """The command ``vllm-deterministic tiny-model``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,19 +20,29 @@ def tiny_model(
     """Write a small Qwen3 model with random weights and a tokenizer to DIR, the same bytes at every call."""
     try:
         config = ModelConfig(dtype=dtype, num_layers=layers, hidden_size=hidden_size, seed=seed)
+    except ValueError as error:
+        _fail(str(error))
+    write_or_exit(directory, config)
+    typer.echo(str(directory))
+
+
+def write_or_exit(directory: Path, config: ModelConfig) -> None:
+    """Write the model; what is in the way becomes one line on standard error and exit status 2."""
+    try:
         # Imported here: numpy and tokenizers are no part of the base install.
         from vllm_deterministic.tiny_model.write import write_tiny_model
 
         write_tiny_model(directory, config)
     except ModuleNotFoundError as error:
-        _fail(f"needs {error.name}, which is not installed: pip install 'vllm-deterministic[cpu]' (or [cuda])")
+        _fail(
+            f"the model needs {error.name}, which is not installed: pip install 'vllm-deterministic[cpu]' (or [cuda])"
+        )
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"cannot write {directory}: {error.strerror}")
-    typer.echo(str(directory))
 
 
-def _fail(reason: str) -> None:
-    typer.echo(f"tiny-model: {reason}", err=True)
+def _fail(reason: str) -> NoReturn:
+    typer.echo(f"Error: {reason}", err=True)
     raise typer.Exit(2)
