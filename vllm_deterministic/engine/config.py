@@ -96,10 +96,10 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         if name == "plugin_version":
             continue
         kind: dict[str, Any] = {"action": "store_true"} if field.annotation is bool else {"type": int}
+        description = str(field.description)
         default = "" if field.annotation is bool else f" Default: {field.default}."
-        group.add_argument(
-            _option(name), default=None, help=f"{str(field.description).capitalize()}.{default}", **kind
-        )
+        text = f"{description[0].upper()}{description[1:]}.{default}"
+        group.add_argument(_option(name), default=argparse.SUPPRESS, help=text, **kind)
 
 
 def merge_cli_args(args: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.sample.ops.logprobs import batched_count_greater_than
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_deterministic.triton_kernels import reference
@@ -105,8 +104,7 @@ class DeterministicSampler(Sampler):
         top, top_ids = reference.top_logprobs(logprobs, num_logprobs)
         token_ids = token_ids.unsqueeze(-1)
         chosen = logprobs.gather(-1, token_ids)
-        torch._dynamo.decorators.mark_unbacked(logprobs, 0)
-        torch._dynamo.decorators.mark_unbacked(chosen, 0)
-        ranks = batched_count_greater_than(logprobs, chosen)
+        # A count is exact in any order; vLLM compiles it, which stalls the first request that asks for logprobs.
+        ranks = (logprobs >= chosen).sum(-1)
         ids = torch.cat((token_ids, top_ids), dim=1).to(torch.int32)
         return LogprobsTensors(ids, torch.cat((chosen, top), dim=1), ranks)
