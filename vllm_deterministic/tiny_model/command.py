@@ -17,7 +17,10 @@ def tiny_model(
     hidden_size: Annotated[int, typer.Option(help="A multiple of 128.")] = ModelConfig.hidden_size,
     seed: Annotated[int, typer.Option(help="Other weights for another seed.")] = ModelConfig.seed,
 ) -> None:
-    """Write a small Qwen3 model with random weights and a tokenizer to DIR, the same bytes at every call."""
+    """Write a small Qwen3 model with random weights and a tokenizer to DIR, the same bytes at every call.
+
+    vLLM casts float32 models down: serve them with --dtype float32.
+    """
     try:
         config = ModelConfig(dtype=dtype, num_layers=layers, hidden_size=hidden_size, seed=seed)
     except ValueError as error:
