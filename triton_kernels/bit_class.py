@@ -28,7 +28,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same shape, dtype and bytes (unlike ``torch.equal``: NaN equals NaN, 0 is not -0)."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return bool(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)))
+    return bool(torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)))
 
 
 def mirrored(rows: int, columns: int, *, sign: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -63,9 +63,13 @@ def certified_row_tiles(
         the certified tiles in ascending order, ``base`` among them.
 
     Raises:
-        ValueError: at ``base`` rows a row's bytes depend on where it stands, so there is no class.
+        ValueError: at ``base`` rows a row's bytes depend on where it stands, so there is no class; or ``x`` has too few
+            rows, those past the last whole tile of ``base`` not counted, to try every candidate.
     """
-    x = x[: len(x) // base * base]
+    given, largest = len(x), max((base, *candidates))
+    x = x[: given // base * base]
+    if len(x) < largest:
+        raise ValueError(f"{given} rows are too few to try tiles of {base} and {largest}")
     expected = torch.cat([apply(rows.clone()) for rows in x.split(base)])
 
     def same(tile: int) -> bool:
@@ -78,5 +82,7 @@ def certified_row_tiles(
         return True
 
     if not same(base):
-        raise ValueError(f"at {base} rows of {x.shape[1]} columns in {x.dtype} a row's result depends on where it stands")
+        raise ValueError(
+            f"at {base} rows of {x.shape[1]} columns in {x.dtype} a row's result depends on where it stands"
+        )
     return tuple(sorted({base, *(tile for tile in candidates if same(tile))}))
