@@ -79,8 +79,7 @@ def demo(
         typer.echo("Interrupted; the server is stopped.", err=True)
         raise typer.Exit(130) from None
     console.print(_table(records))
-    for side in SIDES:
-        console.print(f"{side.title}: {records[side.key].message}", markup=False)
+    console.print(f"Details: {directory / 'deterministic.html'} and {directory / 'default.html'}", markup=False)
     typer.echo(json.dumps({side.key: _summary(records[side.key]) for side in SIDES}))
     raise typer.Exit(records["deterministic"].exit_code)
 
@@ -104,7 +103,7 @@ def _measure(title: str, model: Path, args: list[str], stem: Path, prompts: tupl
     """
     console = Console(stderr=True)
     log = stem.with_suffix(".log")
-    console.print(f"\n{title}: starting vllm serve, log in {log}", markup=False)
+    console.print(f"\n{title}: starting vllm serve, about a minute; log in {log}", markup=False)
     with ExitStack() as stack:
         with console.status("Starting") as status:
             server = LocalServer(
@@ -128,14 +127,14 @@ def _fail(message: str) -> NoReturn:
 
 def _table(records: dict[str, RunRecord]) -> Table:
     """What was measured, side by side."""
-    table = Table(title="The same load on the same machine", title_justify="left")
+    table = Table(title="What came back", title_justify="left")
     table.add_column()
     for side in SIDES:
         table.add_column(side.title, justify="right")
     for arm, title in (("identical", "one request, many times"), ("mixed", "the same request among strangers")):
         arms = [records[side.key].arm(arm) for side in SIDES]
         table.add_section()
-        table.add_row(f"[bold]{title}[/bold]", *[f"{a.compared}" for a in arms])
+        table.add_row(f"[bold]{title}[/bold]", *[f"{a.compared} requests" for a in arms])
         table.add_row("  unique outputs", *[_judged(a.unique_outputs) for a in arms])
         table.add_row("  unique logprob records", *[_judged(a.unique_logprobs) for a in arms])
         table.add_row("  answers that differ", *[f"{a.divergent}" for a in arms])
