@@ -122,7 +122,9 @@ def merge_cli_args(args: argparse.Namespace) -> None:
     settings = dict(earlier) if isinstance(earlier, dict) else {}
     for name, value in given.items():
         if settings.get(name, value) != value:
-            raise RefusalError(f"{_option(name)} {value} and --additional-config disagree on '{name}': keep one of them")
+            raise RefusalError(
+                f"{_option(name)} {value} and --additional-config disagree on '{name}': keep one of them"
+            )
     additional[ADDITIONAL_CONFIG_KEY] = {**settings, **given}
     args.additional_config = additional
 

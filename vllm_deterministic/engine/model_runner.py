@@ -18,6 +18,10 @@ class DeterministicCPUModelRunner(CPUModelRunner):
         super().__init__(vllm_config, device)
         self.sampler = DeterministicSampler(self.model_config.logprobs_mode)
 
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # vLLM warms up its compiled sampler here, with torch generators; this sampler compiles nothing.
+        return torch.tensor([])
+
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         result = super()._update_states(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
