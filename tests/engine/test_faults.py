@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm_deterministic.triton_kernels import reference
 
 from vllm_deterministic.engine import attention, ops, sampling
 from vllm_deterministic.engine.linear import RowTiledLinear
-from vllm_deterministic.triton_kernels import reference
 
 
 @pytest.fixture(scope="module")

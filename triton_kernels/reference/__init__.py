@@ -15,14 +15,14 @@ from .rotary_embedding import rotary_embedding
 from .sampling import greedy_sample, noise_seed, top_k_top_p, top_logprobs
 
 __all__ = [
-    "paged_attention",
-    "plan_attention",
     "fused_add_rms_norm",
     "greedy_sample",
     "log_softmax",
     "matmul",
     "merge",
     "noise_seed",
+    "paged_attention",
+    "plan_attention",
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",

@@ -15,7 +15,7 @@ KEY_TILE = 64
 
 @dataclass(frozen=True)
 class Partial:
-    """The state of the softmax over some keys: ``maximum`` and ``total`` are ``[..., R]``, ``weighted`` ``[..., R, D]``, fp32."""
+    """The softmax over some keys: ``maximum`` and ``total`` are ``[..., R]``, ``weighted`` is ``[..., R, D]``, fp32."""
 
     maximum: torch.Tensor
     total: torch.Tensor
@@ -77,7 +77,7 @@ def _halving_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor, min_batch: int) -> torch.Tensor:
-    # With fewer products than threads a library cuts the rows of one product across threads, which may change its order.
+    # With fewer products than threads a library cuts one product across threads, which may change its order.
     lacking = min_batch - a.shape[0]
     if lacking <= 0:
         return torch.bmm(a, b)

@@ -140,7 +140,7 @@ def _plan_group(
         visible = visible.view(len(chosen), rows, num_tiles, KEY_TILE).transpose(1, 2).unsqueeze(2)
         unit = cache_unit(block_size)
         unit_position = base.unsqueeze(-1) + torch.arange(0, num_keys, unit)
-        # Units past the last token of a request may lie past its blocks: read its last token's unit, which is masked there.
+        # Units past a request's last token may lie past its blocks: read its last token's unit, which is masked there.
         unit_position = torch.minimum(unit_position, seq_lens[request[chosen]].unsqueeze(-1) - 1)
         block = block_table[request[chosen].unsqueeze(-1), unit_position // block_size].long()
         units = block * (block_size // unit) + unit_position % block_size // unit

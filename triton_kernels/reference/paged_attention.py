@@ -100,7 +100,7 @@ def paged_attention(
 
 
 def _tile_rows(q: torch.Tensor, tiles: QueryTiles, H: int) -> torch.Tensor:
-    """``[I, H, R, D]``: for each KV head the tokens of its first query head, then of its second, ...; the rest repeats."""
+    """``[I, H, R, D]``: for each KV head the tokens of its first query head, then of its second; the rest repeats."""
     D = q.shape[-1]
     rows = q[tiles.token].view(-1, tiles.tokens, H, q.shape[1] // H, D).permute(0, 2, 3, 1, 4).flatten(2, 3)
     lacking = tiles.rows - rows.shape[2]

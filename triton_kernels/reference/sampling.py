@@ -75,8 +75,8 @@ def top_k_top_p(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | 
 def noise_seed(seed: int, position: int) -> int:
     """The 63-bit seed of one request's noise at one output position.
 
-    SplitMix64's finalizer (https://doi.org/10.1145/2714064.2660195) over a sequence that starts at ``seed`` scrambled: so
-    neighbouring seeds share no positions, as ``seed + position`` would.
+    SplitMix64's finalizer (https://doi.org/10.1145/2714064.2660195) over a sequence that starts at ``seed`` scrambled:
+    so neighbouring seeds share no positions, as ``seed + position`` would.
 
     Args:
         seed: the request's seed, any int.

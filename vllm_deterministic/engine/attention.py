@@ -63,7 +63,7 @@ class DeterministicCPUAttentionBackend(CPUAttentionBackend):
 
 @dataclass(frozen=True)
 class DeterministicCPUAttentionMetadata:
-    """``plans``: by window, the work of one step. ``block_size``: slots in a block. The others: see ``reference.paged_attention``."""
+    """``plans``: by window, the work of one step. The others: see ``reference.paged_attention``."""
 
     num_actual_tokens: int
     block_size: int
@@ -213,8 +213,8 @@ def certified_attention_rows(group_size: int, head_size: int, min_batch: int) ->
             certified &= set(_certify_product(right, base, candidates, min_batch))
         except ValueError as error:
             raise RefusalError(
-                f"attention, {name}: {error}. This CPU's batched matmul cannot be made batch-invariant with {min_batch} "
-                "threads: try another number of cores (VLLM_CPU_OMP_THREADS_BIND)."
+                f"attention, {name}: {error}. This CPU's batched matmul cannot be made batch-invariant with "
+                f"{min_batch} threads: try another number of cores (VLLM_CPU_OMP_THREADS_BIND)."
             ) from None
     return tuple(sorted(certified))
 
@@ -235,5 +235,5 @@ def _certify_product(right: torch.Tensor, base: int, candidates: list[int], min_
     each = product(torch.randn(base, right.shape[0])).chunk(len(calls), dim=1)
     if not all(torch.equal(out, each[0]) for out in each):
         raise ValueError(f"the bytes of {base} rows depend on the number of products in a call")
-    rows = mirrored(max(base, *candidates), right.shape[0], sign=-1, dtype=torch.float32, generator=torch.Generator())
+    rows = mirrored(max([base, *candidates]), right.shape[0], sign=-1, dtype=torch.float32, generator=torch.Generator())
     return certified_row_tiles(product, rows, base=base, candidates=candidates)

@@ -22,7 +22,7 @@ class RefusalError(ValueError):
 
 
 class DeterministicConfig(BaseModel):
-    """Settings of one engine. They travel in ``VllmConfig.additional_config``, which vLLM hashes into its compile key."""
+    """Settings of one engine; they travel in ``VllmConfig.additional_config``, which is hashed into the compile key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +40,7 @@ class DeterministicConfig(BaseModel):
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> Self | None:
-        """The settings under the key ``deterministic``: an object, ``true`` for the defaults, absent or ``false`` for none.
+        """The settings under the key ``deterministic``: an object, ``true`` for the defaults, ``false`` for none.
 
         Raises:
             RefusalError: the value is of another kind, or a field is unknown or wrong.

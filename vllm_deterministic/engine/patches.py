@@ -1,6 +1,6 @@
 """The ledger: every place where vLLM's code is replaced, with Why, How and Remove when.
 
-``FRONTEND`` is applied in the process that takes requests, ``WORKER`` in the process that runs the model, each only once an
+``FRONTEND`` is applied in the process that takes requests, ``WORKER`` in the process that runs the model, each once an
 engine asked for deterministic serving. The flag's own three hooks on ``EngineArgs`` are in ``plugin.py``.
 """
 
@@ -85,7 +85,7 @@ FRONTEND = (
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         make=_seeding,
         why="vLLM draws the noise of a request without a seed from a generator that all requests share.",
-        how="Such a request gets a seed derived from --deterministic-default-seed and its prompt; n choices count up from it.",
+        how="It gets a seed derived from --deterministic-default-seed and its prompt; n choices count up from there.",
         remove_when="vLLM lets a server set the rule by which unseeded requests are seeded.",
     ),
 )
@@ -96,10 +96,10 @@ WORKER = (
         Patch(
             target=f"{_LAYERS}.{module}:{cls}.{method}",
             make=_module_forward(forward),
-            why="Compiled element-wise code keeps wider intermediates than eager code, and CPU reductions and SiLU change "
-            "with the batch.",
+            why="Compiled element-wise code keeps wider intermediates than eager code, and on CPU the bytes of SiLU "
+            "depend on where a row lies in its batch.",
             how="Every road of dispatch calls one opaque operation of triton_kernels, compiled or not.",
-            remove_when="vLLM dispatches a platform's layers to a registered batch-invariant implementation under compilation.",
+            remove_when="vLLM dispatches layers to registered batch-invariant implementations, compiled or not.",
         )
         for module, cls, forward in (
             ("layernorm", "RMSNorm", "rms_norm_forward"),
