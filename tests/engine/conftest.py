@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="needs the extra 'cpu'")
-# Read by vLLM when an engine starts: run the worker in this process.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
 import torch
 from safetensors.torch import save_file
 from vllm import LLM, RequestOutput, SamplingParams
@@ -73,6 +70,18 @@ def write_model(folder: Path, name: str, **changes: Any) -> Path:
     tensors |= {key: torch.ones(hidden) for key in norms}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _engines_in_this_process() -> Iterator[None]:
+    """Let vLLM run its worker here, and undo what that does to the process that other tests share."""
+    cores = os.sched_getaffinity(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # The CPU worker replaces it by one that does nothing.
+        patch.setattr(torch, "set_num_threads", torch.set_num_threads)
+        yield
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="session")

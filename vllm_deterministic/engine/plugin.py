@@ -1,7 +1,7 @@
 """The entry point ``vllm.general_plugins``: adds the flag and, where it was given, prepares the engine's config.
 
 ``register`` runs in every process of vLLM. It touches three methods of ``EngineArgs``; all else happens in processes of
-an engine that asked for it (see ``patches.py``), so that without the flag vLLM runs as if the plugin were not installed.
+an engine that asked for it (see ``patches.py``): without the flag vLLM runs as if the plugin were not installed.
 """
 
 import argparse
