@@ -20,7 +20,7 @@ demo: $(INSTALLED) ## serve the embedded model with and without --enable-determi
 test: lint ## lint, types and every test, those that start a real server included
 	@$(BIN)/python -m pytest
 
-test-fast: lint ## the same without the tests that start a real server, or need minutes
+test-fast: lint ## the same without the tests that start a real server
 	@$(BIN)/python -m pytest -m "not e2e"
 
 lint: $(INSTALLED) ## ruff and mypy

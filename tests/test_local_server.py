@@ -85,7 +85,7 @@ def test_a_signal_leaves_no_process(tmp_path: Path, fake_vllm: FakeVllm, number:
 def test_the_check_for_processes_sees_one_that_is_left(
     tmp_path: Path, fake_vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end_the_server_alone(group: int, number: signal.Signals) -> bool:
+    def end_the_server_alone(group: int, number: int) -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(group, number)
         return False

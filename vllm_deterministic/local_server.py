@@ -26,7 +26,7 @@ _ENV: Mapping[str, str | None] = {
     "VLLM_DETERMINISTIC": None,
 }
 _POLL_S = 0.5
-_GRACE_S = 15.0
+_GRACE_S = 8.0
 
 
 class ServerError(RuntimeError):
@@ -146,12 +146,11 @@ class LocalServer:
             _signal_group(process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_S)
+                # Its children still tidy up shared memory.
+                _signal_until_gone(process, 0, 1.0)
         finally:
             # Also where a second Ctrl-C cuts the wait short, and for children that outlive the server.
-            deadline = time.monotonic() + 5
-            while _signal_group(process.pid, signal.SIGKILL) and time.monotonic() < deadline:
-                process.poll()
-                time.sleep(0.05)
+            _signal_until_gone(process, signal.SIGKILL, 5.0)
             process.wait()
 
 
@@ -171,7 +170,15 @@ def _free_port() -> int:
         return port
 
 
-def _signal_group(group: int, number: signal.Signals) -> bool:
+def _signal_until_gone(process: subprocess.Popen[bytes], number: int, seconds: float) -> None:
+    """Send the signal (0: none) to the group of `process` again and again, until it is empty or time is up."""
+    deadline = time.monotonic() + seconds
+    while _signal_group(process.pid, number) and time.monotonic() < deadline:
+        process.poll()
+        time.sleep(0.05)
+
+
+def _signal_group(group: int, number: int) -> bool:
     """Send the signal; False where the group has no process left."""
     try:
         os.killpg(group, number)
