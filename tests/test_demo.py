@@ -84,8 +84,9 @@ def test_another_dtype_is_refused(directory: Path, fake_vllm: FakeVllm) -> None:
     assert result.stderr == "Error: --dtype: dtype 'int8' is none of float32, bfloat16, float16\n"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("behaviour", ["hangs", "slow"])
+@pytest.mark.parametrize(
+    ("behaviour", "number", "status"), [("hangs", signal.SIGTERM, 143), ("slow", signal.SIGINT, 130)]
+)
 def test_a_signal_leaves_no_process(
     tmp_path: Path,
     fake_vllm: FakeVllm,

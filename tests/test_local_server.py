@@ -59,9 +59,11 @@ def test_without_vllm_it_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
         LocalServer("model", log=tmp_path / "log")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("model", ["serves", "hangs"])
-def test_a_signal_leaves_no_process(tmp_path: Path, fake_vllm: FakeVllm, number: signal.Signals, model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "number"),
+    [("serves", signal.SIGINT), ("serves", signal.SIGTERM), ("hangs", signal.SIGINT), ("hangs", signal.SIGHUP)],
+)
+def test_a_signal_leaves_no_process(tmp_path: Path, fake_vllm: FakeVllm, model: str, number: signal.Signals) -> None:
     program = f"""
         import time
         from pathlib import Path
