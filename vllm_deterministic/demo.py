@@ -38,8 +38,6 @@ _ARGS = (
     "--served-model-name=tiny",
     # Compiling would add more than a minute to each start and shows nothing more.
     "--enforce-eager",
-    # Small enough for the target to find a part of its prompt in the prefix cache.
-    "--block-size=32",
     # Large enough for no prompt to be cut: a seeded request that is cut kills vLLM's default engine on a CPU.
     "--max-num-batched-tokens=16384",
 )

@@ -2,6 +2,9 @@
 
 import torch
 
+# Elements of one intermediate: a quarter of a megabyte, so that it stays in a core's cache.
+_CACHED_ELEMENTS = 1 << 16
+
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``silu(x[..., :d]) * x[..., d:]`` with ``silu(g) = g / (1 + exp(-g))``.
@@ -16,6 +19,11 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[..., d]`` in ``x.dtype``.
     """
-    gate, up = x.chunk(2, dim=-1)
-    gate = gate.float()
-    return gate.div(torch.exp(-gate).add_(1)).to(x.dtype).mul_(up)
+    d = x.shape[-1] // 2
+    out = x.new_empty((*x.shape[:-1], d))
+    rows = max(1, _CACHED_ELEMENTS // d)
+    for part, result in zip(x.reshape(-1, 2 * d).split(rows), out.view(-1, d).split(rows), strict=True):
+        gate, up = part.chunk(2, dim=-1)
+        gate = gate.float()
+        result.copy_(gate.div(gate.neg().exp_().add_(1))).mul_(up)
+    return out
