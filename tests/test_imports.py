@@ -123,7 +123,7 @@ def test_a_planted_fault_is_found(tmp_path: Path, path: str, source: str, violat
     [
         ("triton_kernels/a.py", "import math\nimport triton.language as tl\nfrom .tiles import x\nfrom . import y"),
         (f"{OWN}/engine/a.py", f"import vllm, os\nfrom {KERNELS} import x\nfrom {OWN} import __version__"),
-        (f"{OWN}/verify/a.py", f"import httpx, pydantic_settings\nfrom {OWN}.report import json"),
+        (f"{OWN}/verify/a.py", f"import httpx, pydantic\nfrom {OWN}.report import json"),
     ],
 )
 def test_what_is_allowed_passes(tmp_path: Path, path: str, source: str) -> None:
