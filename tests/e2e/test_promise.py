@@ -1,6 +1,7 @@
 """The promise on the real server: load, cache, chunks, preemption, replica, restart, compilation change no byte."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,5 @@ def test_planted_fault_is_seen_over_http(catalogue: Catalogue, serve: Serve, exp
 
 @pytest.mark.parametrize("name", ["no seed", "four choices"])
 def test_choices_of_one_request_differ(name: str, expected: dict[str, str]) -> None:
-    import json
-
     choices = json.loads(expected[name])
     assert len({tuple(choice["token_ids"]) for choice in choices}) == len(choices)

@@ -79,6 +79,7 @@ def paged_attention(
     """
     halves = units.view(-1, *units.shape[2:])
     H, D = units.shape[2], units.shape[4]
+    group = q.shape[1] // H
     for tiles in plan:
         rows = _tile_rows(q, tiles, H).float() * scale
         state = Partial(
@@ -94,7 +95,7 @@ def paged_attention(
             for begin, end in batch.runs:
                 _fold(state, batch.tile[begin:end], partial, slice(begin, end))
         result = state.weighted / state.total.unsqueeze(-1)
-        result = result[:, :, : tiles.tokens * (q.shape[1] // H)].view(-1, H, q.shape[1] // H, tiles.tokens, D)
+        result = result[:, :, : tiles.tokens * group].view(-1, H, group, tiles.tokens, D)
         result = result.permute(0, 3, 1, 2, 4).reshape(-1, tiles.tokens, q.shape[1], D)
         out[tiles.token[tiles.valid]] = result[tiles.valid].to(out.dtype)
 

@@ -30,7 +30,7 @@ logger = init_logger("vllm.deterministic")
 
 BASE_ROWS = 16
 CANDIDATE_ROWS = (4, 8, 32, 64, 128)
-# Keys times rows of one batch of splits: 2 M fp32 scores and their weights stay within a core's share of the cache.
+# Keys times rows of one batch of splits: with eight KV heads their fp32 scores take two megabytes.
 MAX_SPLIT_ROWS = 1 << 16
 
 
@@ -66,7 +66,6 @@ class DeterministicCPUAttentionMetadata:
     """``plans``: by window, the work of one step. The others: see ``reference.paged_attention``."""
 
     num_actual_tokens: int
-    block_size: int
     min_batch: int
     workspace: Workspace
     plans: dict[int | None, tuple[QueryTiles, ...]]
@@ -109,9 +108,7 @@ class DeterministicCPUAttentionMetadataBuilder(AttentionMetadataBuilder[Determin
             )
             for window in self.windows
         }
-        return DeterministicCPUAttentionMetadata(
-            common.num_actual_tokens, self.kv_cache_spec.block_size, self.min_batch, self.workspace, plans
-        )
+        return DeterministicCPUAttentionMetadata(common.num_actual_tokens, self.min_batch, self.workspace, plans)
 
 
 class DeterministicCPUAttentionImpl(AttentionImpl[DeterministicCPUAttentionMetadata]):
@@ -178,7 +175,7 @@ class DeterministicCPUAttentionImpl(AttentionImpl[DeterministicCPUAttentionMetad
         tokens = attn_metadata.num_actual_tokens
         reference.paged_attention(
             query[:tokens],
-            cache_units(kv_cache, attn_metadata.block_size),
+            cache_units(kv_cache, kv_cache.shape[2]),
             attn_metadata.plans[self.window],
             scale=self.scale,
             min_batch=attn_metadata.min_batch,
