@@ -9,10 +9,10 @@ from torch.nn import functional
 from vllm_deterministic.triton_kernels.bit_class import certified_row_tiles, mirrored
 from vllm_deterministic.triton_kernels.reference.matmul import matmul, row_tiles
 
-from . import oracles
-from .faults import ordered_matmul
-from .invariance import assert_batch_invariant
-from .oracles import DTYPES, assert_close
+from .. import oracles
+from ..faults import ordered_matmul
+from ..invariance import assert_batch_invariant
+from ..oracles import DTYPES, assert_close
 
 SIZES = (2, 3, 4, 5, 7, 11, 16, 33, 70)
 

@@ -9,10 +9,10 @@ torch = pytest.importorskip("torch")
 
 from vllm_deterministic.triton_kernels.reference import log_softmax, softmax
 
-from . import oracles
-from .faults import row_sum_by_batch
-from .invariance import assert_batch_invariant, assert_same_bytes
-from .oracles import DTYPES, assert_close
+from .. import oracles
+from ..faults import row_sum_by_batch
+from ..invariance import assert_batch_invariant, assert_same_bytes
+from ..oracles import DTYPES, assert_close
 
 WIDTHS = (1, 17, 1023, 50257)
 

@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch")
 
 from vllm_deterministic.triton_kernels.reference import greedy_sample, noise_seed, top_k_top_p, top_logprobs
 
-from . import oracles
-from .invariance import assert_batch_invariant, assert_same_bytes
+from .. import oracles
+from ..invariance import assert_batch_invariant, assert_same_bytes
 
 WIDTHS = (1, 2, 17, 1000, 40000)
 

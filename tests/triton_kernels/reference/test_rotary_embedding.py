@@ -5,9 +5,9 @@ torch = pytest.importorskip("torch")
 
 from vllm_deterministic.triton_kernels.reference import rotary_embedding
 
-from . import oracles
-from .invariance import assert_batch_invariant, assert_same_bytes
-from .oracles import DTYPES, assert_close
+from .. import oracles
+from ..invariance import assert_batch_invariant, assert_same_bytes
+from ..oracles import DTYPES, assert_close
 
 MAX_POSITION = 4096
 # Head size, the part of it that is rotated, heads.

@@ -16,9 +16,9 @@ from vllm_deterministic.triton_kernels.reference.attention import KEY_TILE
 from vllm_deterministic.triton_kernels.reference.attention_plan import QueryTiles
 from vllm_deterministic.triton_kernels.reference.paged_attention import Workspace, cache_units, write_cache
 
-from . import oracles
-from .invariance import assert_same_bytes
-from .oracles import DTYPES, assert_close
+from .. import oracles
+from ..invariance import assert_same_bytes
+from ..oracles import DTYPES, assert_close
 from .serving import BASE_ROWS, Request, Schedule, Serving, chunks, decode_from, serve, whole
 
 # Query heads, KV heads, head size: groups of 1, 2, 5 and 7.

@@ -7,9 +7,9 @@ torch = pytest.importorskip("torch")
 
 from vllm_deterministic.triton_kernels.reference import silu_and_mul
 
-from . import oracles
-from .invariance import assert_batch_invariant, assert_same_bytes
-from .oracles import DTYPES, assert_close
+from .. import oracles
+from ..invariance import assert_batch_invariant, assert_same_bytes
+from ..oracles import DTYPES, assert_close
 
 WIDTHS = (1, 3, 7, 17, 31, 100, 1023)
 

@@ -8,9 +8,9 @@ torch = pytest.importorskip("torch")
 from vllm_deterministic.triton_kernels.bit_class import cancelling
 from vllm_deterministic.triton_kernels.reference.row_sum import row_sum
 
-from .faults import row_sum_by_batch
-from .invariance import assert_batch_invariant, assert_same_bytes
-from .oracles import assert_close
+from ..faults import row_sum_by_batch
+from ..invariance import assert_batch_invariant, assert_same_bytes
+from ..oracles import assert_close
 
 WIDTHS = (1, 2, 7, 16, 17, 33, 63, 513, 1000, 4097, 32768, 40000, 50257)
 

@@ -8,10 +8,10 @@ torch = pytest.importorskip("torch")
 
 from vllm_deterministic.triton_kernels.reference import fused_add_rms_norm, rms_norm
 
-from . import oracles
-from .faults import row_sum_by_batch
-from .invariance import assert_batch_invariant, assert_same_bytes
-from .oracles import DTYPES, assert_close
+from .. import oracles
+from ..faults import row_sum_by_batch
+from ..invariance import assert_batch_invariant, assert_same_bytes
+from ..oracles import DTYPES, assert_close
 
 WIDTHS = (1, 17, 80, 1024, 4095)
 EPSILON = 1e-6

@@ -10,8 +10,8 @@ from vllm_deterministic.triton_kernels.bit_class import same_bytes
 from vllm_deterministic.triton_kernels.reference import merge, split_partial
 from vllm_deterministic.triton_kernels.reference.attention import KEY_TILE, Partial
 
-from .invariance import assert_same_bytes
-from .oracles import assert_close
+from ..invariance import assert_same_bytes
+from ..oracles import assert_close
 
 SPLITS, TILES, HEADS, ROWS = 3, 4, 2, 16
 HEAD_SIZES = (64, 80, 128)
