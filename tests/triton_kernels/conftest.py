@@ -29,3 +29,13 @@ def one_thread() -> Iterator[int]:
     torch.set_num_threads(1)
     yield 1
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    """The kernels run by Triton's interpreter in this test: `pytestmark = pytest.mark.usefixtures("interpreter")`."""
+    pytest.importorskip("triton")
+    from .interpreter import interpreting
+
+    with interpreting():
+        yield

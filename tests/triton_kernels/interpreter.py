@@ -1,0 +1,40 @@
+"""Triton's interpreter for the kernels of this project alone, so that they run without a GPU.
+
+Triton decides when a module is imported whether its kernels are compiled or interpreted, by TRITON_INTERPRET: too coarse
+for a process that also tests the engine. Here the kernels are imported as usual and exchanged for interpreted ones while
+a test runs; afterwards everything stands as before.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import triton.language as tl
+from triton import JITFunction, knobs
+from triton.runtime.interpreter import InterpretedFunction
+
+# Triton's own library (tl.sum, tl.cdiv) consists of kernels too.
+_INTERPRETED = ("triton.language.", "vllm_deterministic.triton_kernels.")
+# What the interpreter patches when one kernel calls another, and leaves patched.
+_PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.condition, tl.core.tensor_descriptor_base)
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Run every kernel of this project by Triton's interpreter, on CPU tensors, until the context ends."""
+    before = [(place, name, value) for place in _PATCHED for name, value in vars(place).items()]
+    modules = [module for name, module in sys.modules.items() if f"{name}.".startswith(_INTERPRETED)]
+    exchanged: dict[JITFunction, InterpretedFunction] = {}
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = True
+        try:
+            for module in modules:
+                for name, value in list(vars(module).items()):
+                    if isinstance(value, JITFunction):
+                        before.append((module, name, value))
+                        setattr(module, name, exchanged.setdefault(value, InterpretedFunction(value.fn)))
+            yield
+        finally:
+            for place, name, value in before:
+                if vars(place).get(name) is not value:
+                    setattr(place, name, value)
