@@ -1,13 +1,13 @@
 """Triton's interpreter for the kernels of this project alone, so that they run without a GPU.
 
-Triton decides when a module is imported whether its kernels are compiled or interpreted, by TRITON_INTERPRET: too coarse
-for a process that also tests the engine. Here the kernels are imported as usual and exchanged for interpreted ones while
-a test runs; afterwards everything stands as before.
+Triton decides when a module is imported whether its kernels are compiled or interpreted, by TRITON_INTERPRET: too
+coarse for a process that also tests the engine. Here the kernels are imported as usual and exchanged for interpreted
+ones while a test runs; afterwards everything stands as before.
 """
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import triton.language as tl
 from triton import JITFunction, knobs
@@ -24,7 +24,8 @@ def interpreting() -> Iterator[None]:
     """Run every kernel of this project by Triton's interpreter, on CPU tensors, until the context ends."""
     before = [(place, name, value) for place in _PATCHED for name, value in vars(place).items()]
     modules = [module for name, module in sys.modules.items() if f"{name}.".startswith(_INTERPRETED)]
-    exchanged: dict[JITFunction, InterpretedFunction] = {}
+    # By the Python function: a JITFunction hashes its whole source, and what that refers to.
+    exchanged: dict[Callable[..., object], InterpretedFunction] = {}
     with knobs.runtime.scope():
         knobs.runtime.interpret = True
         try:
@@ -32,7 +33,7 @@ def interpreting() -> Iterator[None]:
                 for name, value in list(vars(module).items()):
                     if isinstance(value, JITFunction):
                         before.append((module, name, value))
-                        setattr(module, name, exchanged.setdefault(value, InterpretedFunction(value.fn)))
+                        setattr(module, name, exchanged.setdefault(value.fn, InterpretedFunction(value.fn)))
             yield
         finally:
             for place, name, value in before:
