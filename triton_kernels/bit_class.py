@@ -16,12 +16,13 @@ def cancelling(*shape: int, dim: int, dtype: torch.dtype, generator: torch.Gener
         shape: the result's shape.
         dim: the dimension that will be summed over.
         dtype: bf16, fp16 or fp32.
-        generator: source of the numbers.
+        generator: source of the numbers, on the device that they are wanted on.
     """
+    device = generator.device
     exponent_shape = [1] * len(shape)
     exponent_shape[dim] = shape[dim]
-    exponent = torch.rand(exponent_shape, generator=generator) * 24 - 12
-    return (torch.randn(shape, generator=generator) * exponent.exp2()).to(dtype)
+    exponent = torch.rand(exponent_shape, generator=generator, device=device) * 24 - 12
+    return (torch.randn(shape, generator=generator, device=device) * exponent.exp2()).to(dtype)
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -29,6 +30,20 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)))
+
+
+def first_difference(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...] | None:
+    """The index of the first element whose bytes differ, NaN being equal to NaN whatever its bits; None without one.
+
+    Args:
+        a, b: of one shape and dtype: bf16, fp16 or fp32.
+    """
+    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+    differing = (a.contiguous().view(bits) != b.contiguous().view(bits)) & ~(a.isnan() & b.isnan())
+    if not differing.any():
+        return None
+    first = differing.flatten().to(torch.uint8).argmax()
+    return tuple(int(i) for i in torch.unravel_index(first, a.shape))
 
 
 def mirrored(rows: int, columns: int, *, sign: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -41,10 +56,10 @@ def mirrored(rows: int, columns: int, *, sign: int, dtype: torch.dtype, generato
         rows, columns: the shape; an odd last column is zero.
         sign: 1 or -1.
         dtype: bf16, fp16 or fp32.
-        generator: source of the numbers.
+        generator: source of the numbers, on the device that they are wanted on.
     """
     # The factor 8 a side keeps the rounding errors of fp32 sums above the subnormals of fp16.
-    half = (torch.randn(rows, columns // 2, generator=generator) * 8).to(dtype)
+    half = (torch.randn(rows, columns // 2, generator=generator, device=generator.device) * 8).to(dtype)
     return torch.cat([half, sign * half, half.new_zeros(rows, columns % 2)], dim=1)
 
 
