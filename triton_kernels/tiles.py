@@ -9,6 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+# Identifies the table, and with it every choice that is part of the bytes, in caches of what was certified.
+TABLE_VERSION = "0"
+# K segments begin at multiples of this many columns, which every BLOCK_K divides.
+SEGMENT_MULTIPLE = 256
+
 
 @dataclass(frozen=True, order=True)
 class Tile:
@@ -22,6 +27,10 @@ class Tile:
         persistent: one program a multiprocessor walks many tiles.
         split: each K segment has programs of its own and a second kernel folds them; else one program walks all.
         tma: operands come by tensor descriptors (Hopper and newer) where their layout allows.
+        tma_store: the result goes by tensor descriptor too.
+        warp_specialized: some warps load while others multiply (Hopper, with ``warps`` 4).
+        prefetch_k: columns of its weights that a program asks into the cache while the kernel ahead of it still runs.
+        group_m: tiles of M that go through N together.
     """
 
     block_m: int
@@ -33,6 +42,10 @@ class Tile:
     persistent: bool = False
     split: bool = False
     tma: bool = True
+    tma_store: bool = False
+    warp_specialized: bool = False
+    prefetch_k: int = 0
+    group_m: int = 8
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""How the GPU benchmarks take time, and what they note of the machine."""
+
+import statistics
+import subprocess
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+COPY_BYTES = 1 << 31
+
+
+def graph_time_us(call: Callable[[], Any], calls: int, *, budget_us: float = 50_000, replays: int = 7) -> float:
+    """Microseconds of one of the ``calls`` that ``call`` makes: the median of CUDA graph replays.
+
+    ``budget_us``: fewer replays, at least three, where one takes longer than its share.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times: list[float] = []
+        graph.replay()
+        while len(times) < replays and (len(times) < 3 or sum(times) < budget_us):
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1000)
+    return statistics.median(times) / calls
+
+
+def copy_bytes_per_second() -> float:
+    """The device's copy bandwidth, bytes read and bytes written both counted: the floor of what moves memory."""
+    source = torch.randint(256, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / (graph_time_us(lambda: target.copy_(source), 1) * 1e-6)
+
+
+def product_flops_per_second() -> float:
+    """The library's rate on a large bf16 product of random numbers: the floor of what multiplies."""
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    return 2 * 8192**3 / (graph_time_us(lambda: [torch.mm(a, b.t()) for _ in range(5)], 5) * 1e-6)
+
+
+def environment(commit: str) -> dict[str, str]:
+    """Date, GPU, driver, versions and the commit that was measured."""
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.split()
+    packages = {}
+    for package in ("torch", "triton", "vllm"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = "absent"
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver[0] if driver else "unknown",
+        **packages,
+        "cuda": str(torch.version.cuda),
+        "commit": commit,
+    }
