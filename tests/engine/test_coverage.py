@@ -1,6 +1,7 @@
 """What is not covered is refused before the engine starts, with the cause and the way out."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_deterministic.engine import attention, coverage, plugin
 from vllm_deterministic.engine.config import DeterministicConfig, RefusalError
+from vllm_deterministic.engine.devices import CPU, CUDA, current_device
 
 plugin.register()
 
@@ -80,9 +82,40 @@ def test_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_device_that_is_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: False)
-    with pytest.raises(RefusalError, match="is not covered in this release"):
-        coverage.check_versions(DeterministicConfig(allow_untested=True))
+    platform = "vllm.platforms.current_platform"
+    assert current_device() is CPU
+    monkeypatch.setattr(f"{platform}.is_cpu", lambda: False)
+    with pytest.raises(RefusalError, match="device 'cpu' is not covered: serve on an NVIDIA GPU"):
+        current_device()
+    monkeypatch.setattr(f"{platform}.is_cuda", lambda: True)
+    monkeypatch.setattr(f"{platform}.has_device_capability", lambda capability: capability <= (7, 5))
+    monkeypatch.setattr(f"{platform}.get_device_name", lambda: "Tesla T4")
+    with pytest.raises(RefusalError, match=r"Tesla T4 is not covered: .* sm_80"):
+        current_device()
+    monkeypatch.setattr(f"{platform}.has_device_capability", lambda capability: capability <= (8, 0))
+    assert current_device() is CUDA
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "what"),
+    [
+        ({"dtype": "float32"}, {}, "dtype float32 is not covered on this device; covered: bfloat16, float16"),
+        ({"block_size": 64}, {}, "block size 64 is not covered: --block-size must be a power of two from 16 to 32"),
+        ({}, {"kv_split": 512}, "--deterministic-kv-split has no effect on a GPU yet"),
+        ({}, {}, "only model runner V2 is covered"),
+    ],
+)
+def test_refused_on_a_gpu(changes: dict[str, Any], settings: dict[str, Any], what: str, qwen3: Path) -> None:
+    config = EngineArgs(model=str(qwen3), **{"dtype": "bfloat16", "block_size": 16, **changes}).create_engine_config()
+    config.parallel_config.worker_cls = CUDA.vllm_worker
+    with pytest.raises(RefusalError, match=re.escape(what)):
+        coverage.check_config(config, DeterministicConfig(**settings), CUDA)
+
+
+def test_attention_backend_of_the_other_device_is_refused(qwen3: Path) -> None:
+    with pytest.raises(RefusalError, match="--attention-backend TRITON_ATTN cannot be used"):
+        coverage.check_engine_args(EngineArgs(model=str(qwen3), attention_backend="TRITON_ATTN"), CUDA)
+    coverage.check_engine_args(EngineArgs(model=str(qwen3), attention_backend="FLASH_ATTN"), CUDA)
 
 
 def test_unknown_module_is_refused() -> None:

@@ -14,7 +14,9 @@ import pytest
 from vllm_deterministic.engine import patches
 
 
-@pytest.mark.parametrize("patch", [*patches.FRONTEND, *patches.WORKER], ids=lambda patch: patch.target)
+@pytest.mark.parametrize(
+    "patch", [*patches.FRONTEND, *patches.CPU_WORKER, *patches.CUDA_WORKER], ids=lambda patch: patch.target
+)
 def test_ledger_entry(patch: patches.Patch) -> None:
     module, _, path = patch.target.partition(":")
     assert functools.reduce(getattr, path.split("."), importlib.import_module(module)) is not None

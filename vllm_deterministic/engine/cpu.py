@@ -13,7 +13,7 @@ class DeterministicCPUWorker(CPUWorker):
     """Replaces vLLM's layers before the model is built, checks and certifies them once it is loaded."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        patches.apply(patches.WORKER)
+        patches.apply(patches.CPU_WORKER)
         # vLLM ignores a request for another backend on CPU, but honours another class under its own name.
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "vllm_deterministic.engine.attention.DeterministicCPUAttentionBackend"

@@ -1,7 +1,8 @@
 """The ledger: every place where vLLM's code is replaced, with Why, How and Remove when.
 
-``FRONTEND`` is applied in the process that takes requests, ``WORKER`` in the process that runs the model, each once an
-engine asked for deterministic serving. The flag's own three hooks on ``EngineArgs`` are in ``plugin.py``.
+``FRONTEND`` is applied in the process that takes requests, ``CPU_WORKER`` or ``CUDA_WORKER`` in the process that runs
+the model, each once an engine asked for deterministic serving. The flag's own three hooks on ``EngineArgs`` are in
+``plugin.py``.
 """
 
 import functools
@@ -38,7 +39,8 @@ def apply(patches: Sequence[Patch]) -> None:
         if getattr(original, "_deterministic_patch", False):
             continue
         replacement = patch.make(original)
-        replacement._deterministic_patch = True
+        if not isinstance(replacement, int):  # a number cannot be marked, and replacing it again does no harm
+            replacement._deterministic_patch = True
         setattr(owner, name, replacement)
 
 
@@ -74,6 +76,12 @@ def _module_forward(method: str) -> Callable[[Any], Any]:
     return make
 
 
+def _ordered_topk(original: Any) -> Any:
+    from .sampling import TorchWithOrderedTopk
+
+    return TorchWithOrderedTopk(original)
+
+
 def _model_runner(_original: type) -> type:
     from .model_runner import DeterministicCPUModelRunner
 
@@ -91,20 +99,26 @@ FRONTEND = (
 )
 
 _LAYERS = "vllm.model_executor.layers"
-WORKER = (
+
+
+def _layer(module: str, method: str, forward: str) -> Patch:
+    return Patch(
+        target=f"{_LAYERS}.{module}.{method}",
+        make=_module_forward(forward),
+        why="Compiled element-wise code keeps wider intermediates than eager code, and the bytes of a row depend on "
+        "its batch: of SiLU on CPU, of RMSNorm on GPUs.",
+        how="Every road of dispatch calls one opaque operation of triton_kernels, compiled or not.",
+        remove_when="vLLM dispatches layers to registered batch-invariant implementations, compiled or not.",
+    )
+
+
+CPU_WORKER = (
     *(
-        Patch(
-            target=f"{_LAYERS}.{module}:{cls}.{method}",
-            make=_module_forward(forward),
-            why="Compiled element-wise code keeps wider intermediates than eager code, and on CPU the bytes of SiLU "
-            "depend on where a row lies in its batch.",
-            how="Every road of dispatch calls one opaque operation of triton_kernels, compiled or not.",
-            remove_when="vLLM dispatches layers to registered batch-invariant implementations, compiled or not.",
-        )
-        for module, cls, forward in (
-            ("layernorm", "RMSNorm", "rms_norm_forward"),
-            ("activation", "SiluAndMul", "silu_and_mul_forward"),
-            ("rotary_embedding.base", "RotaryEmbedding", "rotary_embedding_forward"),
+        _layer(layer, method, forward)
+        for layer, forward in (
+            ("layernorm:RMSNorm", "rms_norm_forward"),
+            ("activation:SiluAndMul", "silu_and_mul_forward"),
+            ("rotary_embedding.base:RotaryEmbedding", "rotary_embedding_forward"),
         )
         for method in ("forward_native", "forward_cpu")
     ),
@@ -114,5 +128,49 @@ WORKER = (
         why="The runner builds its sampler itself and rewinds torch generators, which a CPU generator does not allow.",
         how="A subclass with the deterministic sampler and noise keyed by (seed, position, vocabulary id).",
         remove_when="vLLM's CPU runner takes its sampler from the configuration.",
+    ),
+)
+
+CUDA_WORKER = (
+    *(
+        _layer(layer, method, forward)
+        for layer, forward in (
+            ("layernorm:RMSNorm", "rms_norm_forward"),
+            ("activation:SiluAndMul", "silu_and_mul_forward"),
+            ("rotary_embedding.base:RotaryEmbedding", "fused_rotary_embedding_forward"),
+        )
+        for method in ("forward_native", "forward_cuda")
+    ),
+    *(
+        Patch(
+            target=f"{_LAYERS}.{method}.apply",
+            make=_module_forward("linear_apply"),
+            why="vLLM's batch-invariant product takes 1.3 to 4 times as long as the default's, and compiled code "
+            "freezes one tile for every number of rows.",
+            how="An opaque operation takes the fastest of the tiles that are certified to give the same bytes.",
+            remove_when="vLLM's batch-invariant product is as fast as its default's.",
+        )
+        for method in ("linear:UnquantizedLinearMethod", "vocab_parallel_embedding:UnquantizedEmbeddingMethod")
+    ),
+    Patch(
+        target="vllm.model_executor.models.qwen3:Qwen3Attention.forward",
+        make=_module_forward("qwen3_attention_forward"),
+        why="Opaque norms and rotation of query and key are three launches a layer where compiled code has one.",
+        how="One operation normalizes and rotates both.",
+        remove_when="vLLM's model calls a layer that may fuse them.",
+    ),
+    Patch(
+        target="vllm.v1.worker.gpu.sample.logprob:torch",
+        make=_ordered_topk,
+        why="torch.topk orders equal logits by an algorithm that changes with k, the most that any neighbour asks for.",
+        how="The module sees a torch whose topk puts the lower id first.",
+        remove_when="vLLM orders the ties of top_logprobs.",
+    ),
+    Patch(
+        target="vllm.v1.sample.ops.topk_topp_triton:_SPLIT_MAX_BATCH",
+        make=lambda _original: 0,
+        why="Top-p takes another algorithm in batches of up to 64 rows.",
+        how="No batch is small enough for it.",
+        remove_when="vLLM takes one algorithm for every batch in its batch-invariant mode.",
     ),
 )

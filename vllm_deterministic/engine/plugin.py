@@ -83,16 +83,20 @@ def _requested(engine_args: "EngineArgs") -> DeterministicConfig | None:
 
 def _deterministic_config(engine_args: "EngineArgs", deterministic: DeterministicConfig, create: Any) -> "VllmConfig":
     from . import coverage, patches
+    from .devices import CUDA, current_device
 
     coverage.check_versions(deterministic)
-    coverage.check_engine_args(engine_args)
+    device = current_device()
+    coverage.check_engine_args(engine_args, device)
+    if device is CUDA and engine_args.attention_config.backend is None:
+        engine_args.attention_backend = device.attention_backend
     engine_args.additional_config = {
         **engine_args.additional_config,
         settings.ADDITIONAL_CONFIG_KEY: deterministic.model_dump(),
     }
     vllm_config: VllmConfig = create()
-    coverage.check_config(vllm_config, deterministic)
-    vllm_config.parallel_config.worker_cls = "vllm_deterministic.engine.cpu.DeterministicCPUWorker"
+    coverage.check_config(vllm_config, deterministic, device)
+    vllm_config.parallel_config.worker_cls = device.worker
     patches.apply(patches.FRONTEND)
     return vllm_config
 
