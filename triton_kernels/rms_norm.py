@@ -17,7 +17,7 @@ def reciprocal_rms(x, epsilon, width: tl.constexpr):
 
 @triton.jit
 def scale(x, w, weight_offset: tl.constexpr):
-    """``x * w``, with ``x`` rounded to ``w.dtype`` first; ``x * (w + weight_offset)`` in fp32 where that is not zero."""
+    """``x * w`` with ``x`` rounded to ``w.dtype`` first; with an offset ``x * (w + weight_offset)`` in fp32."""
     if weight_offset == 0:
         return (x.to(w.dtype).to(tl.float32) * w.to(tl.float32)).to(w.dtype).to(tl.float32)
     else:
@@ -68,7 +68,7 @@ def rms_norm(
     """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last dimension.
 
     The mean and the quotient are fp32. The quotient is rounded to ``weight.dtype`` before the product, as eager does;
-    with a ``weight_offset`` the product ``quotient * (weight + weight_offset)`` is fp32 too and rounded once, as Gemma's.
+    with a ``weight_offset`` the product ``quotient * (weight + weight_offset)`` is fp32 too and rounded once.
 
     Invariant: a row's sum of squares has an order that follows its length alone.
 

@@ -1,8 +1,8 @@
 """How a tensor is cut into rows, and rows into programs: by the length of a row alone, never by how many there are.
 
 Triton lays the elements of a row over threads by what it knows of their alignment, and a reduction follows that layout.
-So alignment follows from the row's length too: rows of a multiple of 16 elements begin at multiples of 16 bytes and elements, and are copied where they do
-not; of other rows nothing is known.
+So alignment follows from the row's length too: rows of a multiple of 16 elements begin at multiples of 16 bytes, and are
+copied where they do not; of other rows nothing is known.
 """
 
 from dataclasses import dataclass

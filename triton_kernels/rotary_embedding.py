@@ -1,0 +1,295 @@
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864), alone and with the norm of each head first."""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .launch import check_device, programmatic_launch
+from .rms_norm import reciprocal_rms, scale
+from .rows import FLOATS, as_rows, check_floats, check_vector, row_offset, row_tile
+
+
+@triton.jit
+def _read(x_ptr, w_ptr, head, column, inside, factor, head_size: tl.constexpr):
+    """Elements of some heads as fp32, normalized and rounded where there is a weight."""
+    x = tl.load(x_ptr + head * head_size + column, mask=inside, other=0.0)
+    if w_ptr is not None:
+        w = tl.load(w_ptr + column, mask=column < head_size, other=0.0)
+        x = scale(x.to(tl.float32) * factor, w, 0.0).to(x_ptr.dtype.element_ty)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _rotate(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    cos_sin_ptr,
+    first_head,
+    num_heads,
+    epsilon,
+    head_size: tl.constexpr,
+    rotary_dim: tl.constexpr,
+    NEOX: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Normalize and rotate up to ``HEADS`` heads of one token."""
+    half: tl.constexpr = rotary_dim // 2
+    head = (first_head + tl.arange(0, HEADS))[:, None]
+    factor = 1.0
+    if w_ptr is not None:
+        # The tile of rms_norm, so that the sum of squares has its order.
+        column = tl.arange(0, COLUMNS)[None, :]
+        inside = (head < num_heads) & (column < head_size)
+        x = tl.load(x_ptr + head * head_size + column, mask=inside, other=0.0).to(tl.float32)
+        factor = reciprocal_rms(x, epsilon, head_size)
+    pair = tl.arange(0, PAIRS)[None, :]
+    cos = tl.load(cos_sin_ptr + pair, mask=pair < half, other=0.0).to(tl.float32)
+    sin = tl.load(cos_sin_ptr + half + pair, mask=pair < half, other=0.0).to(tl.float32)
+    if NEOX:
+        inside = (head < num_heads) & (pair < half)
+        first = _read(x_ptr, w_ptr, head, pair, inside, factor, head_size)
+        second = _read(x_ptr, w_ptr, head, half + pair, inside, factor, head_size)
+        out_ptrs = out_ptr + head * head_size + pair
+        tl.store(out_ptrs, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptrs + half, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        column = tl.arange(0, 2 * PAIRS)[None, :]
+        inside = (head < num_heads) & (column < rotary_dim)
+        x = _read(x_ptr, w_ptr, head, column, inside, factor, head_size)
+        first, second = tl.split(tl.reshape(x, [HEADS, PAIRS, 2]))
+        rotated = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), [HEADS, 2 * PAIRS])
+        tl.store(out_ptr + head * head_size + column, rotated.to(out_ptr.dtype.element_ty), mask=inside)
+    if rotary_dim < head_size:
+        column = tl.arange(0, COLUMNS)[None, :]
+        inside = (head < num_heads) & (column >= rotary_dim) & (column < head_size)
+        x = _read(x_ptr, w_ptr, head, column, inside, factor, head_size)
+        tl.store(out_ptr + head * head_size + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["q_stride", "k_stride"])
+def _rotary_embedding_kernel(
+    positions_ptr,
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    cos_sin_ptr,
+    q_stride,
+    k_stride,
+    epsilon,
+    q_heads: tl.constexpr,
+    k_heads: tl.constexpr,
+    head_size: tl.constexpr,
+    rotary_dim: tl.constexpr,
+    NEOX: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    q_programs: tl.constexpr = (q_heads + HEADS - 1) // HEADS
+    programs: tl.constexpr = q_programs + (k_heads + HEADS - 1) // HEADS
+    token = tl.program_id(0) // programs
+    program = tl.program_id(0) % programs
+    cos_sin_row = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * rotary_dim
+    if program < q_programs:
+        _rotate(
+            q_ptr + row_offset(token, q_stride, head_size),
+            q_weight_ptr,
+            q_out_ptr + row_offset(token, q_heads * head_size, head_size),
+            cos_sin_row,
+            program * HEADS,
+            q_heads,
+            epsilon,
+            head_size,
+            rotary_dim,
+            NEOX,
+            HEADS,
+            COLUMNS,
+            PAIRS,
+        )
+    else:
+        _rotate(
+            k_ptr + row_offset(token, k_stride, head_size),
+            k_weight_ptr,
+            k_out_ptr + row_offset(token, k_heads * head_size, head_size),
+            cos_sin_row,
+            (program - q_programs) * HEADS,
+            k_heads,
+            epsilon,
+            head_size,
+            rotary_dim,
+            NEOX,
+            HEADS,
+            COLUMNS,
+            PAIRS,
+        )
+
+
+def rotary_embedding(
+    positions: torch.Tensor, x: torch.Tensor, cos_sin_cache: torch.Tensor, head_size: int, is_neox_style: bool
+) -> torch.Tensor:
+    """Rotate the first ``rotary_dim`` elements of each head by its token's position; the others pass through.
+
+    Products and sums are fp32, each rounded by itself, with one rounding to ``x.dtype`` at the end.
+
+    Invariant: every element is computed by the same instructions, wherever it lies.
+
+    Args:
+        positions: ``[T]`` int64 or int32, below ``max_position`` (not checked).
+        x: ``[T, heads * head_size]``, bf16, fp16 or fp32, head_size up to 2048; rows may be strided.
+        cos_sin_cache: ``[max_position, rotary_dim]``: the cosines, then the sines; bf16, fp16 or fp32.
+        head_size: elements in a head.
+        is_neox_style: pairs are (i, i + rotary_dim / 2); otherwise (2 i, 2 i + 1).
+
+    Returns:
+        ``[T, heads * head_size]`` in ``x.dtype``.
+
+    Raises:
+        ValueError: a tensor's device, dtype or shape is none of the above.
+    """
+    return _launch(positions, {"x": x}, {}, 0.0, cos_sin_cache, head_size, is_neox_style)[0]
+
+
+def qk_rotary_embedding(
+    positions: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    head_size: int,
+    is_neox_style: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rotary_embedding`` of ``q`` and of ``k``, byte for byte, in one launch.
+
+    Args:
+        q: ``[T, query heads * head_size]``, such as a view of a packed projection.
+        k: ``[T, KV heads * head_size]`` in ``q.dtype``.
+        positions, cos_sin_cache, head_size, is_neox_style: see ``rotary_embedding``.
+
+    Returns:
+        the rotated ``q`` and ``k``, contiguous.
+
+    Raises:
+        ValueError: a tensor's device, dtype or shape is none of the above.
+    """
+    return _launch(positions, {"q": q, "k": k}, {}, 0.0, cos_sin_cache, head_size, is_neox_style)
+
+
+def qk_norm_rotary_embedding(
+    positions: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    epsilon: float,
+    cos_sin_cache: torch.Tensor,
+    head_size: int,
+    is_neox_style: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rotary_embedding`` of the ``rms_norm`` of each head of ``q`` and ``k``, byte for byte, in one launch.
+
+    Args:
+        q_weight, k_weight: ``[head_size]``.
+        epsilon: see ``rms_norm``.
+        positions, q, k, cos_sin_cache, head_size, is_neox_style: see ``qk_rotary_embedding``.
+
+    Returns:
+        the rotated ``q`` and ``k``, contiguous.
+
+    Raises:
+        ValueError: a tensor's device, dtype or shape is none of the above.
+    """
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    return _launch(positions, {"q": q, "k": k}, weights, epsilon, cos_sin_cache, head_size, is_neox_style)
+
+
+def _launch(
+    positions: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    epsilon: float,
+    cos_sin_cache: torch.Tensor,
+    head_size: int,
+    is_neox_style: bool,
+) -> tuple[torch.Tensor, ...]:
+    first = next(iter(tensors.values()))
+    for name, x in tensors.items():
+        check_floats(name, x)
+        if (
+            x.dim() != 2
+            or x.shape[1] % head_size
+            or (x.shape[0], x.dtype, x.device)
+            != (
+                first.shape[0],
+                first.dtype,
+                first.device,
+            )
+        ):
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} in {x.dtype} on {x.device}; [{first.shape[0]}, heads * {head_size}] "
+                f"in {first.dtype} on {first.device} is needed"
+            )
+    check_device("positions", positions)
+    if positions.shape != first.shape[:1] or positions.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"positions is {tuple(positions.shape)} in {positions.dtype}; [{first.shape[0]}] in int64 or int32 is needed"
+        )
+    rotary_dim = cos_sin_cache.shape[-1]
+    if (
+        cos_sin_cache.dim() != 2
+        or cos_sin_cache.dtype not in FLOATS
+        or cos_sin_cache.device != first.device
+        or rotary_dim % 2
+        or not 0 < rotary_dim <= head_size
+    ):
+        raise ValueError(
+            f"cos_sin_cache is {tuple(cos_sin_cache.shape)} in {cos_sin_cache.dtype} on {cos_sin_cache.device}; "
+            f"[positions, even rotary_dim up to {head_size}] in bf16, fp16 or fp32 on {first.device} is needed"
+        )
+    tile = row_tile(head_size)
+    if tile.columns > 2048:
+        raise ValueError(f"head_size is {head_size}; up to 2048 is allowed")
+    scales = [check_vector(name, w, first, head_size) for name, w in weights.items()] or [None, None]
+    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors.values())
+    rows = [as_rows(x, head_size) for x in tensors.values()]
+    heads = [x.shape[1] // head_size for x in rows]
+    num_tokens = first.shape[0]
+    if num_tokens == 0:
+        return outs
+    programs = sum(triton.cdiv(number, tile.rows) for number in heads)
+    pdl = programmatic_launch(first)
+    _rotary_embedding_kernel[(num_tokens * programs,)](
+        positions.contiguous(),
+        rows[0],
+        rows[-1],
+        scales[0],
+        scales[1],
+        outs[0],
+        outs[-1],
+        cos_sin_cache.contiguous(),
+        rows[0].stride(0),
+        rows[-1].stride(0),
+        epsilon,
+        heads[0],
+        heads[1] if len(heads) == 2 else 0,
+        head_size,
+        rotary_dim,
+        is_neox_style,
+        tile.rows,
+        tile.columns,
+        triton.next_power_of_2(rotary_dim // 2),
+        PDL=pdl,
+        num_warps=tile.warps,
+        enable_fp_fusion=False,
+        launch_pdl=pdl,
+    )
+    return outs
