@@ -198,7 +198,7 @@ def qk_norm_rotary_embedding(
     """``rotary_embedding`` of the ``rms_norm`` of each head of ``q`` and ``k``, byte for byte, in one launch.
 
     Args:
-        q_weight, k_weight: ``[head_size]``.
+        q_weight, k_weight: ``[head_size]``, which must be a multiple of 8.
         epsilon: see ``rms_norm``.
         positions, q, k, cos_sin_cache, head_size, is_neox_style: see ``qk_rotary_embedding``.
 
@@ -238,10 +238,11 @@ def _launch(
                 f"{name} is {tuple(x.shape)} in {x.dtype} on {x.device}; [{first.shape[0]}, heads * {head_size}] "
                 f"in {first.dtype} on {first.device} is needed"
             )
+    num_tokens = first.shape[0]
     check_device("positions", positions)
-    if positions.shape != first.shape[:1] or positions.dtype not in (torch.int64, torch.int32):
+    if positions.shape != (num_tokens,) or positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"positions is {tuple(positions.shape)} in {positions.dtype}; [{first.shape[0]}] in int64 or int32 is needed"
+            f"positions is {tuple(positions.shape)} in {positions.dtype}; [{num_tokens}] in int64 or int32 is needed"
         )
     rotary_dim = cos_sin_cache.shape[-1]
     if (
@@ -258,11 +259,12 @@ def _launch(
     tile = row_tile(head_size)
     if tile.columns > 2048:
         raise ValueError(f"head_size is {head_size}; up to 2048 is allowed")
+    if weights and head_size % 8:
+        raise ValueError(f"head_size is {head_size}; a multiple of 8 is needed to normalize in the order of rms_norm")
     scales = [check_vector(name, w, first, head_size) for name, w in weights.items()] or [None, None]
     outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors.values())
     rows = [as_rows(x, head_size) for x in tensors.values()]
     heads = [x.shape[1] // head_size for x in rows]
-    num_tokens = first.shape[0]
     if num_tokens == 0:
         return outs
     programs = sum(triton.cdiv(number, tile.rows) for number in heads)

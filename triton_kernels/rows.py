@@ -1,8 +1,8 @@
 """How a tensor is cut into rows, and rows into programs: by the length of a row alone, never by how many there are.
 
-Triton lays the elements of a row over threads by what it knows of their alignment, and a reduction follows that layout.
-So alignment follows from the row's length too: rows of a multiple of 16 elements begin at multiples of 16 bytes, and are
-copied where they do not; of other rows nothing is known.
+Triton lays the elements of a row over threads by what it knows of their alignment, and a reduction follows that
+layout. So alignment follows from the row's length too: rows of a multiple of 8 elements begin at multiples of 8 elements
+and 16 bytes, and are copied where they do not; of other rows nothing is known.
 """
 
 from dataclasses import dataclass
@@ -75,9 +75,9 @@ def as_rows(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _aligned(x: torch.Tensor, width: int) -> torch.Tensor:
-    if width % 16:
+    if width % 8:
         return x
-    if x.data_ptr() % 16 or any(stride % 16 for stride in x.stride()[:-1]):
+    if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]):
         return x.clone(memory_format=torch.contiguous_format)
     return x
 
@@ -88,6 +88,6 @@ def row_offset(row, stride, width: tl.constexpr):
 
     The stride must not be specialized on: a kernel would learn more of one batch than of another.
     """
-    if width % 16 == 0:
-        stride = stride // 16 * 16
+    if width % 8 == 0:
+        stride = stride // 8 * 8
     return row.to(tl.int64) * stride
