@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OWN = "vllm_deterministic"
 KERNELS, ENGINE, MODEL = f"{OWN}.triton_kernels", f"{OWN}.engine", f"{OWN}.tiny_model"
+CERTIFY, ATEN = f"{OWN}.certify", f"{OWN}.aten"
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BASE_INSTALL = {re.split(r"[^\w-]", dependency)[0].replace("-", "_") for dependency in PROJECT["dependencies"]}
@@ -41,7 +42,10 @@ class Rule:
 # The first rule that fits a module holds for it.
 RULES = (
     Rule(KERNELS, {"torch", "triton"}, (KERNELS,)),
-    Rule(ENGINE, None, (ENGINE, KERNELS)),
+    Rule(ENGINE, None, (ENGINE, KERNELS, CERTIFY)),
+    Rule(f"{CERTIFY}.command", BASE_INSTALL | {"torch"}, (CERTIFY, f"{OWN}.verify")),
+    Rule(CERTIFY, {"torch", "triton", "rich"}, (CERTIFY, KERNELS)),
+    Rule(ATEN, {"torch", "triton"}, (ATEN, KERNELS)),
     Rule(MODEL, BASE_INSTALL | {"numpy", "tokenizers"}, (MODEL,)),
     Rule(OWN, BASE_INSTALL, None),
 )

@@ -15,7 +15,7 @@ from vllm_deterministic.verify.record import EXIT_CODES, RunRecord
 from vllm_deterministic.verify.run import verify
 from vllm_deterministic.verify.settings import ARMS, OutputSpec, Settings, explain
 
-_LISTS = ("--arms", "--metadata", "--output")
+_LISTS = ("--arms", "--metadata", "--output", "--shapes")
 _DEFAULT = Settings(base_url="http://127.0.0.1:8000")
 
 

@@ -1,0 +1,1 @@
+"""PyTorch's own operations, made batch-invariant by the kernels of this project."""
