@@ -1,8 +1,8 @@
 """How a tensor is cut into rows, and rows into programs: by the length of a row alone, never by how many there are.
 
 Triton lays the elements of a row over threads by what it knows of their alignment, and a reduction follows that
-layout. So alignment follows from the row's length too: rows of a multiple of 8 elements begin at multiples of 8 elements
-and 16 bytes, and are copied where they do not; of other rows nothing is known.
+layout. So alignment follows from the row's length too: rows of a multiple of 8 elements begin at multiples of 8
+elements and of 16 bytes, and are copied where they do not; of other rows nothing is known.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def check_vector(name: str, w: torch.Tensor, x: torch.Tensor, width: int) -> tor
     check_floats(name, w, width)
     if w.dim() != 1 or w.device != x.device:
         raise ValueError(f"{name} has shape {tuple(w.shape)} on {w.device}; [{width}] on {x.device} is needed")
-    return _aligned(w.contiguous(), width)
+    return _aligned(w.contiguous(), 8)
 
 
 def as_rows(x: torch.Tensor, width: int) -> torch.Tensor:
