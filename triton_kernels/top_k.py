@@ -21,7 +21,8 @@ def _keys(x, id, ID_BITS: tl.constexpr):
 
     -0 equals 0, and NaN is larger than any number, as torch has it.
     """
-    x = tl.where(x == 0.0, 0.0, x.to(tl.float32))
+    x = x.to(tl.float32)
+    x = tl.where(x == 0.0, 0.0, x)
     bits = tl.where(x != x, 0x7FFFFFFF, x.to(tl.int32, bitcast=True))
     # Negative floats count down in their bits: flip them so that integer order is float order, then start at 0.
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 0x80000000
