@@ -3,14 +3,18 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .verdict import PlanVerdict, TileVerdict
+from vllm_deterministic.triton_kernels.tiles import Tile
 
-_WIDTH = 110
+from .verdict import PlanVerdict
+
+_WIDTH = 130
+_SIZE = ("block_m", "block_n", "block_k", "warps", "stages")
 
 
 def render_console(
@@ -33,7 +37,7 @@ def render_console(
         shape += [verdict.dtype, f"{verdict.error:.1e}"]
         for tile in verdict.tiles:
             status = "not tried" if verdict.refusal else tile.status
-            table.add_row(*shape, _describe(tile), status)
+            table.add_row(*shape, _describe(tile.tile), status)
             shape = [""] * len(shape)
     console.print(table)
     for verdict in verdicts:
@@ -42,7 +46,7 @@ def render_console(
             console.print(f"{where}: {verdict.refusal}", soft_wrap=True)
         for tile in verdict.tiles:
             if tile.detail:
-                console.print(f"{where}, {_describe(tile)}: {tile.status}: {tile.detail}", soft_wrap=True)
+                console.print(f"{where}, {_describe(tile.tile)}: {tile.status}: {tile.detail}", soft_wrap=True)
     total = sum(len(verdict.tiles) for verdict in verdicts)
     good = 0 if any(verdict.refusal for verdict in verdicts) else total - sum(len(v.dropped) for v in verdicts)
     console.print(f"{good} of {total} tiles are in their class.")
@@ -55,7 +59,8 @@ def render_json(identity: Mapping[str, str], verdicts: Sequence[PlanVerdict]) ->
     return json.dumps(content, indent=2) + "\n"
 
 
-def _describe(verdict: TileVerdict) -> str:
-    tile = verdict.tile
-    flags = [name for name in ("swapped", "persistent", "split", "tma") if getattr(tile, name)]
-    return " ".join([f"{tile.block_m}x{tile.block_n}x{tile.block_k}", f"w{tile.warps} s{tile.stages}", *flags])
+def _describe(tile: Tile) -> str:
+    """The tile's size, then what sets it apart from a plain one."""
+    extras = [field for field in fields(tile) if field.name not in _SIZE and getattr(tile, field.name) != field.default]
+    words = [field.name if field.type is bool else f"{field.name} {getattr(tile, field.name)}" for field in extras]
+    return " ".join([f"{tile.block_m}x{tile.block_n}x{tile.block_k}, warps {tile.warps}, stages {tile.stages}", *words])
