@@ -4,7 +4,11 @@ import torch
 
 from vllm_deterministic.triton_kernels.activation import silu_and_mul
 from vllm_deterministic.triton_kernels.rms_norm import fused_add_rms_norm, rms_norm
-from vllm_deterministic.triton_kernels.rotary_embedding import qk_norm_rotary_embedding
+from vllm_deterministic.triton_kernels.rotary_embedding import (
+    qk_norm_rotary_embedding,
+    qk_rotary_embedding,
+    rotary_embedding,
+)
 
 from .cuda_linear import PlannedMatmul
 from .ops import define, implement
@@ -33,18 +37,42 @@ def _fused_add_rms_norm(
     return fused_add_rms_norm(x, residual, weight, epsilon)
 
 
+@implement("rotary_embedding", "CUDA")
+def _rotary_embedding(
+    positions: torch.Tensor, x: torch.Tensor, cos_sin_cache: torch.Tensor, head_size: int, is_neox_style: bool
+) -> torch.Tensor:
+    return rotary_embedding(positions, x, cos_sin_cache, head_size, is_neox_style)
+
+
 @define(
-    "qk_norm_rotary_embedding(Tensor positions, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, float epsilon, "
+    "qk_rotary_embedding(Tensor positions, Tensor q, Tensor k, Tensor cos_sin_cache, int head_size, "
+    "bool is_neox_style) -> (Tensor, Tensor)",
+    lambda positions, q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    device="CUDA",
+)
+def _qk_rotary_embedding(
+    positions: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    head_size: int,
+    is_neox_style: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return qk_rotary_embedding(positions, q, k, cos_sin_cache, head_size, is_neox_style)
+
+
+@define(
+    "qk_norm_rotary_embedding(Tensor positions, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float epsilon, "
     "Tensor cos_sin_cache, int head_size, bool is_neox_style) -> (Tensor, Tensor)",
-    lambda positions, q, k, *rest: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    lambda positions, q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
     device="CUDA",
 )
 def _qk_norm_rotary_embedding(
     positions: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
     epsilon: float,
     cos_sin_cache: torch.Tensor,
     head_size: int,

@@ -49,32 +49,28 @@ def fused_rotary_embedding_forward(
     """``RotaryEmbedding.forward`` on a GPU: one launch for query and key."""
     if key is None:
         return rotary_embedding_forward(self, positions, query)
-    return _rotate(self, positions, query, key, None, None, 0.0)
+    cache = self._match_cos_sin_cache_dtype(query)
+    return _ops.qk_rotary_embedding(positions.flatten(), query, key, cache, self.head_size, self.is_neox_style)
 
 
 def qwen3_attention_forward(self: Any, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
     """``Qwen3Attention.forward`` on a GPU: one launch for the norms and the rotation of query and key."""
     qkv, _ = self.qkv_proj(hidden_states)
     q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-    norms = self.q_norm.weight.data, self.k_norm.weight.data
-    q, k = _rotate(self.rotary_emb, positions, q, k, *norms, self.q_norm.variance_epsilon)
+    rotary = self.rotary_emb
+    q, k = _ops.qk_norm_rotary_embedding(
+        positions.flatten(),
+        q,
+        k,
+        self.q_norm.weight.data,
+        self.k_norm.weight.data,
+        self.q_norm.variance_epsilon,
+        rotary._match_cos_sin_cache_dtype(q),
+        rotary.head_size,
+        rotary.is_neox_style,
+    )
     output, _ = self.o_proj(self.attn(q, k, v))
     return output
-
-
-def _rotate(
-    rotary: Any,
-    positions: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    epsilon: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    cache = rotary._match_cos_sin_cache_dtype(q)
-    return _ops.qk_norm_rotary_embedding(
-        positions.flatten(), q, k, q_weight, k_weight, epsilon, cache, rotary.head_size, rotary.is_neox_style
-    )
 
 
 def linear_apply(self: Any, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
