@@ -176,6 +176,21 @@ def test_a_server_leaves_a_tile_out_and_says_so(server: Server, caplog: pytest.L
         assert "block_m=16" in caplog.text
 
 
+def test_a_tile_that_takes_anothers_place_is_tried_there(server: Server) -> None:
+    """The larger tile is outside its class at M = 1 alone, where only the smaller one's loss brings it."""
+    exact = server.matmul
+
+    def planted(x: torch.Tensor, w: torch.Tensor, *, tile: Tile, segments: int) -> torch.Tensor:
+        return exact(x, w, tile=tile, segments=4 if tile == LARGE and len(x) == 1 else segments)
+
+    server.matmul = planted  # type: ignore[method-assign]
+    assert server.start((9, 64))[9, 64] == PLAN
+    server.directory /= "anew"
+    server.outside = (SMALL,)
+    with pytest.raises(plans.NoTileError):
+        server.start((9, 64))
+
+
 def test_a_server_refuses_when_no_tile_is_left(server: Server) -> None:
     server.outside = (SMALL, LARGE)
     with pytest.raises(plans.NoTileError, match="N=9, K=64, float16"):

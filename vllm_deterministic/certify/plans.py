@@ -107,13 +107,15 @@ def certify(
                 progress(next(done), total, what)
 
         _compile(tiles, dtype, device, matmul, functools.partial(advance, "compiling"))
-        fresh = []
         for plan in missing:
             tried = functools.partial(advance, f"N={plan.n}, K={plan.k}")
-            fresh.append(certify_plan(plan, dtype, device, every_m=every_m, rows=rows, matmul=matmul, advance=tried))
-            verdicts[plan] = fresh[-1]
+            verdict = certify_plan(plan, dtype, device, every_m=every_m, rows=rows, matmul=matmul, advance=tried)
+            if verdict.dropped and not every_m:
+                # Another tile will take the place of each that is dropped, so all must hold at every M.
+                verdict = certify_plan(plan, dtype, device, rows=rows, matmul=matmul)
+            verdicts[plan] = verdict
         if cache:
-            cache.add(fresh)
+            cache.add(verdict for plan in missing if (verdict := verdicts[plan]))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # a server measures free memory next
     return [(plan, verdict) for plan, verdict in verdicts.items() if verdict is not None]
