@@ -1,4 +1,4 @@
-"""What of the road on GPUs runs without one: the switch, the shapes that compilers see, the layers, the order of ties."""
+"""What of the road on GPUs runs without one: the switch, the shapes compilers see, the layers, the order of ties."""
 
 import ast
 import subprocess
