@@ -128,7 +128,7 @@ def _normalize(
     if weight is not None:
         weight = check_vector("weight", weight, x, width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = out if residual is None else torch.empty_like(out)
+    total = out if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = as_rows(x, width)
     residuals = None if residual is None else as_rows(residual, width)
     num_rows = rows.shape[0]

@@ -9,9 +9,16 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
+import pytest
+import torch
 import triton.language as tl
 from triton import JITFunction, knobs
 from triton.runtime.interpreter import InterpretedFunction
+
+# The marks of a module whose tests run interpreted. Numpy warns of NaN and infinity, which a device computes silently.
+INTERPRETED = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+# The interpreter cuts digits off where it should round to bf16: bf16 is tested on a device, or where none is rounded.
+ROUNDED = (torch.float16, torch.float32)
 
 # Triton's own library (tl.sum, tl.cdiv) consists of kernels too.
 _INTERPRETED = ("triton.language.", "vllm_deterministic.triton_kernels.")

@@ -28,6 +28,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> to
     return out if weight is None else out * weight.double()
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, epsilon: float) -> torch.Tensor:
+    x = x.double()
+    out = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + epsilon).sqrt()
+    out = out if weight is None else out * weight.double()
+    return out if bias is None else out + bias.double()
+
+
+def gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    x = x.double()
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+
+
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     gate, up = x[..., :half].double(), x[..., half:].double()
@@ -47,6 +61,11 @@ def rotary_embedding(
         )
         heads[..., first], heads[..., second] = turned.real, turned.imag
     return heads.reshape(x.shape)
+
+
+def top_k(x: list[float], k: int) -> list[int]:
+    """Ids of the ``k`` largest in descending order; NaN is larger than any number, and equals go by ascending id."""
+    return sorted(range(len(x)), key=lambda token: (not math.isnan(x[token]), -x[token], token))[:k]
 
 
 def log_softmax(x: torch.Tensor) -> torch.Tensor:
