@@ -68,7 +68,7 @@ def _key(dtype: torch.dtype, tile: Tile, segments: int) -> list[Any]:
 def _ways(key: list[Any]) -> tuple[bool, ...]:
     """How a tile works, whatever its sizes: where one such tile hangs, the others are not tried."""
     tile = Tile(*key[2])
-    return (tile.persistent, tile.split, tile.tma_store, tile.warp_specialized, tile.prefetch_k > 0)
+    return (tile.persistent, tile.split, tile.tma_store, tile.side_n > 0, tile.prefetch_k > 0)
 
 
 def compile_part(part: int, parts: int) -> None:
@@ -123,7 +123,7 @@ def jobs() -> Iterator[tuple[torch.dtype, int, int, int, tuple[int, ...]]]:
     """(dtype, N, K, M, numbers of segments) in the order of measuring."""
     for n, k in shapes():
         for m in TUNED_M:
-            yield torch.bfloat16, n, k, m, ((1, 2, 4) if n <= 2048 and m in (1, 16, 64, 256, 1024, 8192) else (1,))
+            yield torch.bfloat16, n, k, m, (1, 2) if n <= 2048 and k >= 4096 else (1,)
     for n, k in ((4096, 4096), (12288, 2048)):
         for m in (1, 16, 64, 256, 1024):
             yield torch.float32, n, k, m, (1,)

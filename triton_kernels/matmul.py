@@ -53,22 +53,60 @@ def _load_w(
     return tile
 
 
+@triton.jit
+def _dot(x, w, accumulator, SWAPPED: tl.constexpr):
+    if SWAPPED:
+        accumulator = tl.dot(w, x.T, accumulator, input_precision="ieee")
+    else:
+        accumulator = tl.dot(x, w.T, accumulator, input_precision="ieee")
+    return accumulator
+
+
+@triton.jit
+def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr):
+    if SWAPPED:
+        zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return zeros
+
+
+@triton.jit
+def _store(
+    result, out_ptr, out_desc, bias_ptr, m, n, M, N, out_stride_m,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, TMA_STORE: tl.constexpr,
+):  # fmt: skip
+    if SWAPPED:
+        result = result.T
+    columns = n + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if TMA_STORE:
+        out_desc.store([m, n], result.to(out_desc.dtype))
+    else:
+        rows = m + tl.arange(0, BLOCK_M)
+        mask = (rows[:, None] < M) & (columns[None, :] < N)
+        offsets = rows[:, None].to(tl.int64) * out_stride_m + columns[None, :]
+        tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _matmul_kernel(
-    x, w, bias_ptr, out_ptr, out_desc, w_ptr,
+    x, w, w_side, bias_ptr, out_ptr, out_desc, w_ptr,
     M, N, K, segment_k,
     x_stride_m, w_stride_n, w_stride_k, out_stride_m, out_stride_segment,
     x_stride_batch, w_stride_batch, out_stride_batch,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIDE_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SEGMENTS: tl.constexpr, SWAPPED: tl.constexpr, PERSISTENT: tl.constexpr, SPLIT: tl.constexpr,
     BATCHED: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, K_MAJOR: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PREFETCH_K: tl.constexpr, WARP_SPECIALIZED: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_N + SIDE_N
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, WIDTH)
     tiles_mn = tiles_m * tiles_n
     if PDL:
         if PREFETCH_K > 0:
-            # With few rows there is one row of tiles; a program then knows its weights without looking at anything else.
+            # With few rows there is one row of tiles, so that the first tile's weights are known at once.
             ahead_n = tl.program_id(0) // tiles_m % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
             ahead_k = tl.arange(0, PREFETCH_K // 64) * 64
             address = w_ptr + tl.minimum(ahead_n, N - 1)[:, None].to(tl.int64) * w_stride_n + ahead_k[None, :]
@@ -89,44 +127,42 @@ def _matmul_kernel(
         group = in_segment // (GROUP_M * tiles_n)
         group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
         m = (group * GROUP_M + (in_segment % (GROUP_M * tiles_n)) % group_m) * BLOCK_M
-        n = ((in_segment % (GROUP_M * tiles_n)) // group_m) * BLOCK_N
-        if SWAPPED:
-            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        else:
-            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        n = ((in_segment % (GROUP_M * tiles_n)) // group_m) * WIDTH
+        total = _zeros(BLOCK_M, BLOCK_N, SWAPPED)
+        if SIDE_N > 0:
+            side_total = _zeros(BLOCK_M, SIDE_N, SWAPPED)
         for walked in tl.static_range(1 if SPLIT else SEGMENTS):
             start = (segment + walked) * segment_k
-            if SWAPPED:
-                accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            else:
-                accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in tl.range(start, tl.minimum(start + segment_k, K), BLOCK_K, warp_specialize=WARP_SPECIALIZED):
+            accumulator = _zeros(BLOCK_M, BLOCK_N, SWAPPED)
+            if SIDE_N > 0:
+                side = _zeros(BLOCK_M, SIDE_N, SWAPPED)
+            for k in range(start, tl.minimum(start + segment_k, K), BLOCK_K):
                 x_tile = _load_x(x, m, k, M, K, x_stride_m, BLOCK_M, BLOCK_K, TMA)
                 w_tile = _load_w(w, n, k, N, K, w_stride_n, w_stride_k, BLOCK_N, BLOCK_K, TMA, K_MAJOR)
-                if SWAPPED:
-                    accumulator = tl.dot(w_tile, x_tile.T, accumulator, input_precision="ieee")
-                else:
-                    accumulator = tl.dot(x_tile, w_tile.T, accumulator, input_precision="ieee")
+                accumulator = _dot(x_tile, w_tile, accumulator, SWAPPED)
+                if SIDE_N > 0:
+                    w_tile = _load_w(
+                        w_side, n + BLOCK_N, k, N, K, w_stride_n, w_stride_k, SIDE_N, BLOCK_K, TMA, K_MAJOR
+                    )
+                    side = _dot(x_tile, w_tile, side, SWAPPED)
             if SPLIT or SEGMENTS == 1:
                 total = accumulator
             else:
                 total += accumulator
-        if SWAPPED:
-            result = total.T
+            if SIDE_N > 0:
+                if SPLIT or SEGMENTS == 1:
+                    side_total = side
+                else:
+                    side_total += side
+        if SPLIT:
+            result_ptr = out_ptr + segment.to(tl.int64) * out_stride_segment
         else:
-            result = total
-        columns = n + tl.arange(0, BLOCK_N)
-        if HAS_BIAS:
-            result += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        if TMA_STORE:
-            out_desc.store([m, n], result.to(out_desc.dtype))
-        else:
-            rows = m + tl.arange(0, BLOCK_M)
-            offsets = rows[:, None].to(tl.int64) * out_stride_m + columns[None, :]
-            if SPLIT:
-                offsets += segment.to(tl.int64) * out_stride_segment
-            mask = (rows[:, None] < M) & (columns[None, :] < N)
-            tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
+            result_ptr = out_ptr
+        _store(total, result_ptr, out_desc, bias_ptr, m, n, M, N, out_stride_m,
+               BLOCK_M, BLOCK_N, SWAPPED, HAS_BIAS, TMA_STORE)  # fmt: skip
+        if SIDE_N > 0:
+            _store(side_total, result_ptr, None, bias_ptr, m, n + BLOCK_N, M, N, out_stride_m,
+                   BLOCK_M, SIDE_N, SWAPPED, HAS_BIAS, False)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -258,24 +294,25 @@ def _launch(
     k_major = w.stride(2) == 1 or k == 1
     tma = tile.tma and batch == 1 and _allows_tma(x[0]) and _allows_tma(w[0] if k_major else w[0].T)
     if tma:
-        x_block, w_block = [tile.block_m, tile.block_k], [tile.block_n, tile.block_k]
-        x_operand = TensorDescriptor.from_tensor(x[0], x_block)
-        w_operand = TensorDescriptor.from_tensor(w[0] if k_major else w[0].T, w_block if k_major else w_block[::-1])
+        x_operand = TensorDescriptor.from_tensor(x[0], [tile.block_m, tile.block_k])
+        w_operand, w_side = (
+            _weight_descriptor(w[0], rows, tile.block_k, k_major) for rows in (tile.block_n, tile.side_n)
+        )
     else:
-        x_operand, w_operand = x, w
+        x_operand, w_operand, w_side = x, w, w
     tma_store = tma and tile.tma_store and not split and _allows_tma(out[0])
-    programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n) * (segments if split else 1)
+    programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n + tile.side_n) * (segments if split else 1)
     pdl = programmatic_launch(x)
     _matmul_kernel[(min(programs, _multiprocessors(x.device)) if tile.persistent else programs, batch)](
-        x_operand, w_operand, None if split else bias, out if partial is None else partial,
+        x_operand, w_operand, w_side, None if split else bias, out if partial is None else partial,
         TensorDescriptor.from_tensor(out[0], [tile.block_m, tile.block_n]) if tma_store else None, w,
         m, n, k, segment_k,
         x.stride(1), w.stride(1), w.stride(2), n if split else out.stride(1), m * n,
         x.stride(0), w.stride(0), out.stride(0),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SIDE_N=tile.side_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         SEGMENTS=segments, SWAPPED=tile.swapped, PERSISTENT=tile.persistent, SPLIT=split,
         BATCHED=batch > 1, TMA=tma, TMA_STORE=tma_store, K_MAJOR=k_major, HAS_BIAS=bias is not None and not split,
-        PREFETCH_K=tile.prefetch_k if k_major and tile.prefetch_k <= k else 0, WARP_SPECIALIZED=tile.warp_specialized and tma, PDL=pdl,
+        PREFETCH_K=tile.prefetch_k if k_major and tile.prefetch_k <= k else 0, PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
     )  # fmt: skip
     if partial is not None:
@@ -284,6 +321,16 @@ def _launch(
             partial, bias, out, m, n, out.stride(1),
             SEGMENTS=segments, BLOCK=block, HAS_BIAS=bias is not None, PDL=pdl, launch_pdl=pdl,
         )  # fmt: skip
+
+
+def _weight_descriptor(w: torch.Tensor, rows: int, columns: int, k_major: bool) -> TensorDescriptor | None:
+    if rows == 0:
+        return None
+    return (
+        TensorDescriptor.from_tensor(w, [rows, columns])
+        if k_major
+        else TensorDescriptor.from_tensor(w.T, [columns, rows])
+    )
 
 
 def _segment_k(k: int, segments: int) -> int:

@@ -28,7 +28,7 @@ class Tile:
         split: each K segment has programs of its own and a second kernel folds them; else one program walks all.
         tma: operands come by tensor descriptors (Hopper and newer) where their layout allows.
         tma_store: the result goes by tensor descriptor too.
-        warp_specialized: some warps load while others multiply (Hopper, with ``warps`` 4).
+        side_n: further columns of N in a second product, for tiles whose width is no power of two; 0 for none.
         prefetch_k: columns of its weights that a program asks into the cache while the kernel ahead of it still runs.
         group_m: tiles of M that go through N together.
     """
@@ -43,7 +43,7 @@ class Tile:
     split: bool = False
     tma: bool = True
     tma_store: bool = False
-    warp_specialized: bool = False
+    side_n: int = 0
     prefetch_k: int = 0
     group_m: int = 8
 
