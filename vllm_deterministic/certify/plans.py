@@ -115,7 +115,7 @@ def certify(
                 verdict = certify_plan(plan, dtype, device, rows=rows, matmul=matmul)
             verdicts[plan] = verdict
         if cache:
-            cache.add(verdict for plan in missing if (verdict := verdicts[plan]))
+            cache.add(found for plan in missing if (found := verdicts[plan]))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # a server measures free memory next
     return [(plan, verdict) for plan, verdict in verdicts.items() if verdict is not None]
