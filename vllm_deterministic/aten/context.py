@@ -3,8 +3,9 @@
 They are overridden in PyTorch's dispatcher (``torch.library``), once in a process: the first context registers the
 overrides, and from then on a call asks whether a context is open and goes to PyTorch's own kernel if not, which costs
 about a microsecond. To register and remove them with each context would not be safe: a thread that waits for the
-interpreter at the door of an override that another thread removes enters freed memory. A dispatch mode would need no
-registration, but it slows every operation down, by ten times as much, and threads started within would be left out.
+interpreter at the door of an override that another thread removes enters freed memory, and PyTorch's assertions fail
+within seconds. A dispatch mode would need no registration, but it slows every operation down, by ten times as much, and
+threads started within it would be left out.
 """
 
 import contextlib
@@ -40,10 +41,13 @@ _COMPOSITES: dict[str, Callable[..., torch.Tensor]] = {
     "rms_norm": rows.rms_norm,
     "layer_norm": rows.layer_norm,
 }
+# What sums rows but takes no kernel of ours, and what to do instead.
 _REFUSED = {
-    **dict.fromkeys(
-        ("mm.dtype", "bmm.dtype", "addmm.dtype", "baddbmm.dtype"), "cast the result instead of giving out_dtype"
-    ),
+    **{
+        f"{name}.{variant}": "cast the result instead of giving out_dtype"
+        for name in ("mm", "bmm", "addmm", "baddbmm")
+        for variant in ("dtype", "dtype_out")
+    },
     **dict.fromkeys(
         ("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
         "call torch.backends.mha.set_fastpath_enabled(False)",
