@@ -114,6 +114,9 @@ def test_imports_keep_their_direction() -> None:
         (f"{OWN}/cli.py", "from vllm.version import x", f"{OWN}.cli imports vllm.version.x"),
         (f"{OWN}/demo.py", "import numpy", f"{OWN}.demo imports numpy"),
         (f"{OWN}/tiny_model/a.py", "import transformers", f"{MODEL}.a imports transformers"),
+        (f"{OWN}/certify/a.py", "import vllm", f"{CERTIFY}.a imports vllm"),
+        (f"{OWN}/certify/command.py", f"from {KERNELS} import x", f"{CERTIFY}.command imports {KERNELS}.x"),
+        (f"{OWN}/aten/a.py", f"from {ENGINE} import x", f"{ATEN}.a imports {ENGINE}.x"),
     ],
 )
 def test_a_planted_fault_is_found(tmp_path: Path, path: str, source: str, violation: str) -> None:

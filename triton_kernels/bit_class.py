@@ -21,8 +21,8 @@ def cancelling(*shape: int, dim: int, dtype: torch.dtype, generator: torch.Gener
     device = generator.device
     exponent_shape = [1] * len(shape)
     exponent_shape[dim] = shape[dim]
-    exponent = torch.rand(exponent_shape, generator=generator, device=device) * 24 - 12
-    return (torch.randn(shape, generator=generator, device=device) * exponent.exp2()).to(dtype)
+    exponent = torch.rand(exponent_shape, generator=generator, dtype=torch.float32, device=device) * 24 - 12
+    return (torch.randn(shape, generator=generator, dtype=torch.float32, device=device) * exponent.exp2()).to(dtype)
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -59,7 +59,9 @@ def mirrored(rows: int, columns: int, *, sign: int, dtype: torch.dtype, generato
         generator: source of the numbers, on the device that they are wanted on.
     """
     # The factor 8 a side keeps the rounding errors of fp32 sums above the subnormals of fp16.
-    half = (torch.randn(rows, columns // 2, generator=generator, device=generator.device) * 8).to(dtype)
+    half = (torch.randn(rows, columns // 2, generator=generator, dtype=torch.float32, device=generator.device) * 8).to(
+        dtype
+    )
     return torch.cat([half, sign * half, half.new_zeros(rows, columns % 2)], dim=1)
 
 

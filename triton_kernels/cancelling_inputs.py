@@ -90,4 +90,4 @@ FAMILIES: dict[str, Family] = {
 
 
 def _randn(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=generator, device=generator.device)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device=generator.device)

@@ -43,7 +43,7 @@ def tried_rows(plan: TilePlan, tile: Tile, rows: Sequence[int] = ROWS) -> tuple[
             tried.update((before, before + 1, last, last + 1))
         before = last
     if tile.persistent:
-        tried.add(max(rows))  # where a program walks more than one tile, which few columns alone do not bring about
+        tried.add(max(rows))  # enough tiles for a program to walk more than one
     return tuple(sorted(m for m in tried if 1 <= m <= max(rows))) or (max(rows),)
 
 

@@ -17,7 +17,7 @@ from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, tile_plan
 
 from .cache import VerdictCache
 from .machine import identity
-from .plan import ROWS, Matmul, certify_plan, tried_columns
+from .plan import ROWS, Matmul, certify_plan
 from .verdict import PlanVerdict
 
 logger = logging.getLogger("vllm.deterministic.certify")
@@ -132,10 +132,13 @@ def _compile(
 
     def launch(item: tuple[tuple[Tile, int], TilePlan]) -> None:
         (tile, segments), plan = item
-        x = torch.zeros(1, plan.k, dtype=dtype, device=device)
-        w = torch.zeros(tried_columns(plan.n), plan.k, dtype=dtype, device=device)
+        # As many columns as divide by what the real number divides by: all that the compiler knows of N.
+        columns = plan.n if plan.n < 256 else 256 + plan.n % 256
         try:
-            (matmul or kernel.matmul)(x, w, tile=tile, segments=segments)
+            with torch.cuda.device(device):  # each thread has a current device of its own
+                x = torch.zeros(1, plan.k, dtype=dtype, device=device)
+                w = torch.zeros(columns, plan.k, dtype=dtype, device=device)
+                (matmul or kernel.matmul)(x, w, tile=tile, segments=segments)
         except Exception as failure:
             logger.debug("%s: %s", tile, failure)
 
