@@ -9,7 +9,7 @@ from vllm_deterministic.triton_kernels.tiles import Tile
 # What is not timed borrows the tile of the next larger M.
 TUNED_M = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 
-# (BLOCK_N, BLOCK_K, warps, stages), operands swapped, BLOCK_M the number of rows.
+# BLOCK_N, BLOCK_K, warps, stages; operands swapped, BLOCK_M the number of rows.
 _NARROW = (
     (64, 128, 4, 5),
     (64, 128, 4, 4),
@@ -22,7 +22,7 @@ _NARROW = (
     (16, 512, 4, 4),
     (64, 64, 4, 8),
 )
-# (BLOCK_M, BLOCK_N, SIDE_N, BLOCK_K, warps, stages, swapped) for 64 to 1024 rows.
+# BLOCK_M, BLOCK_N, SIDE_N, BLOCK_K, warps, stages, swapped, for 64 to 1024 rows.
 _MIDDLE = (
     (32, 64, 0, 128, 4, 5, True),
     (64, 64, 0, 128, 4, 5, True),
@@ -63,7 +63,7 @@ _WIDE = (
     (256, 128, 0, 64, 8, 3, False),
     (256, 128, 0, 64, 8, 4, False),
 )
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
 _FP32 = ((16, 64, 32, 4, 3), (32, 32, 32, 4, 3), (64, 64, 16, 4, 3), (16, 16, 64, 4, 3), (16, 16, 128, 4, 2))
 _SHARED_MEMORY = 225_000
 

@@ -144,7 +144,7 @@ def time_all(journal: Journal) -> None:
             made_for = (dtype, n, k)
         x = torch.randn(m, k, device="cuda", dtype=dtype)
 
-        def timed(product: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        def timed(product: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor] = weights) -> float:
             return graph_time_us(lambda: [product(w) for w in weights], len(weights), budget_us=20_000, replays=5)
 
         library = [timed(lambda w, x=x: torch.mm(x, w.t()))]
