@@ -111,8 +111,8 @@ def _matmul_kernel(
             ahead_k = tl.arange(0, PREFETCH_K // 64) * 64
             address = w_ptr + tl.minimum(ahead_n, N - 1)[:, None].to(tl.int64) * w_stride_n + ahead_k[None, :]
             _prefetch(address.to(tl.int64))
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     if BATCHED:
         batch = tl.program_id(1).to(tl.int64)
         x += batch * x_stride_batch
@@ -172,8 +172,8 @@ def _fold_kernel(
 ):  # fmt: skip
     """Add the segments' partial results in ascending order."""
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
