@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import vllm
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from vllm_deterministic.engine import attention, coverage, plugin
 from vllm_deterministic.engine.config import DeterministicConfig, RefusalError
@@ -123,6 +125,24 @@ def test_unknown_module_is_refused() -> None:
     with pytest.raises(RefusalError, match="module 1 of class LayerNorm"):
         coverage.check_model(model)
     coverage.check_model(model[:1])
+
+
+@pytest.mark.parametrize(
+    ("batch_invariant", "version", "what"),
+    [(False, 3, "layer: FlashAttention 3, batch-invariant: False"), (True, 4, "layer: FlashAttention 4")],
+)
+def test_attention_in_more_than_one_split_is_refused(batch_invariant: bool, version: int, what: str) -> None:
+    impl = object.__new__(FlashAttentionImpl)
+    impl.batch_invariant_enabled, impl.vllm_flash_attn_version = True, 3
+    model = torch.nn.Sequential(OrderedDict(layer=torch.nn.Identity()))
+    model.layer.impl = impl
+    coverage.check_flash_attention(model)
+    impl.batch_invariant_enabled, impl.vllm_flash_attn_version = batch_invariant, version
+    with pytest.raises(RefusalError, match=what):
+        coverage.check_flash_attention(model)
+    model.layer.impl = object()
+    with pytest.raises(RefusalError, match="layer: attention by object is not covered"):
+        coverage.check_flash_attention(model)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm_deterministic.triton_kernels import reference
+from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan
 
-from vllm_deterministic.engine import cuda_ops, layers
+from vllm_deterministic.engine import cuda_linear, cuda_ops, layers
+from vllm_deterministic.engine.config import RefusalError
 from vllm_deterministic.engine.cuda_linear import PlannedMatmul
 from vllm_deterministic.engine.sampling import TorchWithOrderedTopk
 
@@ -71,10 +75,60 @@ def test_plan_is_asked_for_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -
     calls = []
     plan = SimpleNamespace(tile=lambda m: f"tile for {m}", segments=2)
     monkeypatch.setattr(PlannedMatmul, "plans", {(torch.float32, 96, 64): plan})
-    monkeypatch.setattr("vllm_deterministic.engine.cuda_linear.matmul", lambda *args, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(cuda_linear, "matmul", lambda *args, **kwargs: calls.append(kwargs))
     PlannedMatmul.run(torch.zeros(5, 64), torch.zeros(96, 64), None)
     PlannedMatmul.run(torch.zeros(2, 5, 64), torch.zeros(96, 64), None)
     assert calls == [{"tile": "tile for 5", "segments": 2}, {"tile": "tile for 10", "segments": 2}]
+
+
+def _model() -> torch.nn.Module:
+    """Two layers of one shape, one with a bias, and an embedding that is the LM head too."""
+
+    def layer(method: type, n: int, k: int, bias: bool = False) -> torch.nn.Module:
+        module = torch.nn.Linear(k, n, bias=bias).requires_grad_(False)
+        module.quant_method = object.__new__(method)  # type: ignore[assignment]
+        return module
+
+    return torch.nn.Sequential(
+        layer(UnquantizedLinearMethod, 96, 64),
+        layer(UnquantizedLinearMethod, 96, 64),
+        layer(UnquantizedLinearMethod, 96, 64, bias=True),
+        layer(UnquantizedEmbeddingMethod, 500, 64),
+        torch.nn.LayerNorm(64),
+    )
+
+
+def test_every_shape_is_certified_and_every_tile_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, launched = [], []
+
+    def plans(shapes: list[tuple[int, int]], dtype: torch.dtype, device: object, progress: object) -> dict[Any, Any]:
+        asked.append((shapes, dtype))
+        return {
+            (n, k): TilePlan(n, k, 1, ((16, Tile(16, 16, 16, 1, 1)), (64, Tile(32, 16, 16, 1, 1)))) for n, k in shapes
+        }
+
+    def run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, **settings: Any) -> None:
+        launched.append((len(w), bias is not None, len(x), settings["tile"].block_m))
+
+    monkeypatch.setattr(PlannedMatmul, "plans", {})
+    monkeypatch.setattr(cuda_linear, "certified_plans", plans)
+    monkeypatch.setattr(cuda_linear, "matmul", run)
+    cuda_linear.certify(_model(), torch.device("cpu"), max_rows=1000)
+    assert asked == [([(96, 64), (500, 64)], torch.float32)]
+    variants = [(96, False), (96, True), (500, False)]
+    assert launched == [(n, bias, m, block) for n, bias in variants for m, block in ((1, 16), (17, 32))]
+    launched.clear()
+    cuda_linear.certify(_model(), torch.device("cpu"), max_rows=16)
+    assert {m for _, _, m, _ in launched} == {1}
+
+
+def test_shape_without_a_tile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any) -> None:
+        raise ValueError("no tile is left for N=96, K=64")
+
+    monkeypatch.setattr(cuda_linear, "certified_plans", none_left)
+    with pytest.raises(RefusalError, match="linear layers: no tile is left for N=96, K=64"):
+        cuda_linear.certify(_model(), torch.device("cpu"), max_rows=16)
 
 
 def test_compilers_see_the_shapes_that_kernels_give() -> None:

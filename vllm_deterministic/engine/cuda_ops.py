@@ -13,7 +13,29 @@ from vllm_deterministic.triton_kernels.rotary_embedding import (
 from .cuda_linear import PlannedMatmul
 from .ops import define, implement
 
+
+def _fake_rotation(
+    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+implement("rms_norm", "CUDA")(rms_norm)
+implement("fused_add_rms_norm", "CUDA")(fused_add_rms_norm)
 implement("silu_and_mul", "CUDA")(silu_and_mul)
+implement("rotary_embedding", "CUDA")(rotary_embedding)
+define(
+    "qk_rotary_embedding(Tensor positions, Tensor q, Tensor k, Tensor cos_sin_cache, int head_size, "
+    "bool is_neox_style) -> (Tensor, Tensor)",
+    _fake_rotation,
+    device="CUDA",
+)(qk_rotary_embedding)
+define(
+    "qk_norm_rotary_embedding(Tensor positions, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float epsilon, "
+    "Tensor cos_sin_cache, int head_size, bool is_neox_style) -> (Tensor, Tensor)",
+    _fake_rotation,
+    device="CUDA",
+)(qk_norm_rotary_embedding)
 
 
 @define(
@@ -23,61 +45,3 @@ implement("silu_and_mul", "CUDA")(silu_and_mul)
 )
 def _matmul(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return PlannedMatmul.run(x, w, bias)
-
-
-@implement("rms_norm", "CUDA")
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> torch.Tensor:
-    return rms_norm(x, weight, epsilon)
-
-
-@implement("fused_add_rms_norm", "CUDA")
-def _fused_add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return fused_add_rms_norm(x, residual, weight, epsilon)
-
-
-@implement("rotary_embedding", "CUDA")
-def _rotary_embedding(
-    positions: torch.Tensor, x: torch.Tensor, cos_sin_cache: torch.Tensor, head_size: int, is_neox_style: bool
-) -> torch.Tensor:
-    return rotary_embedding(positions, x, cos_sin_cache, head_size, is_neox_style)
-
-
-@define(
-    "qk_rotary_embedding(Tensor positions, Tensor q, Tensor k, Tensor cos_sin_cache, int head_size, "
-    "bool is_neox_style) -> (Tensor, Tensor)",
-    lambda positions, q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
-    device="CUDA",
-)
-def _qk_rotary_embedding(
-    positions: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    head_size: int,
-    is_neox_style: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return qk_rotary_embedding(positions, q, k, cos_sin_cache, head_size, is_neox_style)
-
-
-@define(
-    "qk_norm_rotary_embedding(Tensor positions, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float epsilon, "
-    "Tensor cos_sin_cache, int head_size, bool is_neox_style) -> (Tensor, Tensor)",
-    lambda positions, q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
-    device="CUDA",
-)
-def _qk_norm_rotary_embedding(
-    positions: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    epsilon: float,
-    cos_sin_cache: torch.Tensor,
-    head_size: int,
-    is_neox_style: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return qk_norm_rotary_embedding(
-        positions, q, k, q_weight, k_weight, epsilon, cos_sin_cache, head_size, is_neox_style
-    )
