@@ -74,7 +74,8 @@ def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr):
 @triton.jit
 def _store(
     result, out_ptr, out_desc, bias_ptr, m, n, M, N, out_stride_m,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, TMA_STORE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TMA_STORE: tl.constexpr,
 ):  # fmt: skip
     if SWAPPED:
         result = result.T
@@ -94,7 +95,7 @@ def _store(
 def _matmul_kernel(
     x, w, w_side, bias_ptr, out_ptr, out_desc, w_ptr,
     M, N, K, segment_k,
-    x_stride_m, w_stride_n, w_stride_k, out_stride_m, out_stride_segment,
+    x_stride_m, w_stride_n, w_stride_k, out_stride_m,
     x_stride_batch, w_stride_batch, out_stride_batch,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIDE_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SEGMENTS: tl.constexpr, SWAPPED: tl.constexpr, PERSISTENT: tl.constexpr, SPLIT: tl.constexpr,
@@ -155,7 +156,7 @@ def _matmul_kernel(
                 else:
                     side_total += side
         if SPLIT:
-            result_ptr = out_ptr + segment.to(tl.int64) * out_stride_segment
+            result_ptr = out_ptr + segment.to(tl.int64) * M * N
         else:
             result_ptr = out_ptr
         _store(total, result_ptr, out_desc, bias_ptr, m, n, M, N, out_stride_m,
@@ -307,11 +308,12 @@ def _launch(
         x_operand, w_operand, w_side, None if split else bias, out if partial is None else partial,
         TensorDescriptor.from_tensor(out[0], [tile.block_m, tile.block_n]) if tma_store else None, w,
         m, n, k, segment_k,
-        x.stride(1), w.stride(1), w.stride(2), n if split else out.stride(1), m * n,
-        x.stride(0), w.stride(0), out.stride(0),
+        x.stride(1) if m > 1 else k, w.stride(1), w.stride(2), n if split else out.stride(1),
+        *((x.stride(0), w.stride(0), out.stride(0)) if batch > 1 else (0, 0, 0)),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SIDE_N=tile.side_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         SEGMENTS=segments, SWAPPED=tile.swapped, PERSISTENT=tile.persistent, SPLIT=split,
-        BATCHED=batch > 1, TMA=tma, TMA_STORE=tma_store, K_MAJOR=k_major, HAS_BIAS=bias is not None and not split,
+        BATCHED=batch > 1, TMA=tma, TMA_STORE=tma_store, K_MAJOR=k_major,
+        HAS_BIAS=bias is not None and not split,
         PREFETCH_K=tile.prefetch_k if k_major and tile.prefetch_k <= k else 0, PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
     )  # fmt: skip
