@@ -17,7 +17,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 def programmatic_launch(x: torch.Tensor) -> bool:
     """Whether a kernel may be launched before the one ahead of it in the stream ends (Hopper and newer).
 
-    Such a kernel calls ``gdc_wait`` before it reads or writes anything, so nothing but the gap between the two is lost.
+    Such a kernel calls ``gdc_wait`` before it reads or writes anything, weights too, which the kernel ahead may be
+    updating. It may ask for lines into the cache before that: what is written to them meanwhile is still seen.
     """
     return capability(x.device) >= (9, 0)
 

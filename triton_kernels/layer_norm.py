@@ -24,14 +24,13 @@ def _layer_norm_kernel(
     PDL: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
-    # Weight and bias are constant, so they need not wait for the kernel ahead.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     if w_ptr is not None:
         w = tl.load(w_ptr + column, mask=column < width, other=0.0)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, mask=column < width, other=0.0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     inside = (row < num_rows) & (column < width)
     x = tl.load(x_ptr + row_offset(row, x_stride, width) + column, mask=inside, other=0.0).to(tl.float32)

@@ -1,6 +1,7 @@
 """Matrix product whose order of additions follows (N, K) alone, at the fastest tile for each M."""
 
 import functools
+import math
 
 import torch
 import triton
@@ -13,6 +14,8 @@ from .launch import capability, check_device, programmatic_launch
 from .tiles import Tile
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What a grid takes along its second axis.
+_MOST_BATCHES = 65535
 
 
 @triton.jit
@@ -216,7 +219,7 @@ def matmul(
     """
     _check(x, w, bias)
     n, k = w.shape
-    rows = x.reshape(-1, k) if x.dim() != 2 else x
+    rows = x.reshape(math.prod(x.shape[:-1]), k) if x.dim() != 2 else x
     m = rows.shape[0]
     if out is None:
         out = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -226,6 +229,8 @@ def matmul(
             f"it must be {x.dtype} [{m}, {n}] on {x.device}, contiguous along N"
         )
     segments = tiles.segments(n, k) if segments is None else segments
+    if segments < 1:
+        raise ValueError(f"segments is {segments}; K is cut into at least 1 part")
     if out.numel():
         tile = _plan(x.dtype, capability(x.device), n, k).tile(m) if tile is None else tile
         _launch(rows[None], w[None], bias, out[None], tile, segments)
@@ -254,7 +259,8 @@ def batched_matmul(a: torch.Tensor, b: torch.Tensor, *, tile: Tile | None = None
     out = torch.empty(batch, m, n, dtype=a.dtype, device=a.device)
     if out.numel():
         tile = _plan(a.dtype, capability(a.device), n, k).tile(m) if tile is None else tile
-        _launch(a, b.transpose(1, 2), None, out, tile, tiles.segments(n, k))
+        for part in (slice(start, start + _MOST_BATCHES) for start in range(0, batch, _MOST_BATCHES)):
+            _launch(a[part], b[part].transpose(1, 2), None, out[part], tile, tiles.segments(n, k))
     return out
 
 
@@ -271,7 +277,8 @@ def _check(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, names: t
     for name, tensor in ((names[1], w), ("bias", bias)):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, but {names[0]} is {x.dtype} on {x.device}: they must agree"
+                f"{name} is {tensor.dtype} on {tensor.device}, but {names[0]} is {x.dtype} on {x.device}: "
+                "they must agree"
             )
     if bias is not None and bias.shape != (w.shape[0],):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{w.shape[0]}]")
@@ -341,8 +348,8 @@ def _segment_k(k: int, segments: int) -> int:
 
 
 def _allows_tma(x: torch.Tensor) -> bool:
-    """Whether a matrix may be read by tensor descriptor: its base and its rows are aligned to 16 bytes."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """Whether a matrix may be read by tensor descriptor: its base and rows are aligned to 16 bytes, none overlap."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) >= x.shape[1]
     return aligned and x.stride(1) == 1 and x.numel() > 0 and capability(x.device)[0] in (0, 9, 10, 12)
 
 

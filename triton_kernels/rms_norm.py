@@ -42,12 +42,11 @@ def _rms_norm_kernel(
     PDL: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
-    # The weight is constant, so it need not wait for the kernel ahead.
-    if w_ptr is not None:
-        w = tl.load(w_ptr + column, mask=column < width, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if w_ptr is not None:
+        w = tl.load(w_ptr + column, mask=column < width, other=0.0)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     inside = (row < num_rows) & (column < width)
     out_offset = row_offset(row, width, width) + column
