@@ -1,7 +1,9 @@
 """How the GPU benchmarks take time, and what they note of the machine."""
 
+import os
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +12,24 @@ from typing import Any
 import torch
 
 COPY_BYTES = 1 << 31
+
+
+class Warmup:
+    """Stands in a kernel's place and compiles it for each call, into Triton's cache on disk, without running it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
+
+
+def in_parts(command: list[str]) -> None:
+    """Run ``python command... part/parts`` once for each core, and wait for all."""
+    parts = os.cpu_count() or 1
+    workers = [subprocess.Popen([sys.executable, *command, f"{part}/{parts}"]) for part in range(parts)]
+    for worker in workers:
+        worker.wait()
 
 
 def graph_time_us(call: Callable[[], Any], calls: int, *, budget_us: float = 50_000, replays: int = 7) -> float:

@@ -113,9 +113,7 @@ def main() -> None:
             regrets[m].append(times.get(tile, math.inf) / min(times.values()))
     print(f"{len(tiles)} tiles; a shape that is not in the table, over its best measured tile:")
     for m, values in regrets.items():
-        print(
-            f"  M <= {m}: geometric mean {math.exp(statistics.mean(map(math.log, values))):.3f}, worst {max(values):.2f}"
-        )
+        print(f"  M <= {m}: geometric mean {statistics.geometric_mean(values):.3f}, worst {max(values):.2f}")
     written = json.dumps(table(None)).replace("], [", "],\n[").replace('], "', '],\n"').replace('}, "', '},\n"')
     args.table.parent.mkdir(exist_ok=True)
     args.table.write_text(written + "\n")

@@ -10,7 +10,6 @@ the child, is noted, and is left out when the next child goes on.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import environment, graph_time_us
+from gpu_timing import Warmup, environment, graph_time_us, in_parts
 from matmul_candidates import TUNED_M, all_candidates, candidates
 from matmul_shapes import shapes
 from vllm_deterministic.triton_kernels import matmul as matmul_module
@@ -73,14 +72,6 @@ def _ways(key: list[Any]) -> tuple[bool, ...]:
 
 def compile_part(part: int, parts: int) -> None:
     """Compile a part of the candidates into Triton's cache on disk, without running them."""
-
-    class Warmup:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: Any) -> Callable[..., Any]:
-            return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
-
     matmul_module._matmul_kernel = Warmup(matmul_module._matmul_kernel)
     for dtype in DTYPES:
         x, w = (torch.empty(rows, 4096, device="cuda", dtype=dtype) for rows in (512, 768))
@@ -202,13 +193,10 @@ def main() -> None:
         compile_part(*map(int, args.role.split("/")))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, str(args.folder), "--role"]
-    parts = os.cpu_count() or 1
-    workers = [subprocess.Popen([*command, f"{part}/{parts}"]) for part in range(parts)]
-    for worker in workers:
-        worker.wait()
+    command = [__file__, str(args.folder), "--role"]
+    in_parts(command)
     print(f"compiled, {until - time.monotonic():.0f} s left", flush=True)
-    while time.monotonic() < until and not watch([*command, "child"], journal, until):
+    while time.monotonic() < until and not watch([sys.executable, *command, "child"], journal, until):
         pass
     (args.folder / "environment.json").write_text(json.dumps(environment(args.commit)))
 
