@@ -83,7 +83,7 @@ class TilePlan:
         return tuple(dict.fromkeys(tile for _, tile in self.ranges))
 
     def without(self, dropped: Collection[Tile]) -> "TilePlan":
-        """The plan with each dropped tile replaced by its nearest neighbour's, for smaller M first.
+        """The plan with each dropped tile replaced by that of the next larger range of M, or of the last one kept.
 
         Raises:
             ValueError: no tile is left.
