@@ -146,7 +146,7 @@ def _outside(
 
 
 def _oracle(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """The first rows and last columns in float64, on the CPU: on a GPU the library's kernels would stay in its memory."""
+    """The first rows and last columns in float64, on the CPU: the library's kernels would stay in a GPU's memory."""
     return x[:_ORACLE_ROWS].cpu().double() @ w[-_ORACLE_COLUMNS:].cpu().double().T
 
 
