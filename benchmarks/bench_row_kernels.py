@@ -8,17 +8,14 @@ a fair share of it, and the median over replays is taken. The floor is a device 
 """
 
 import argparse
-import datetime
 import itertools
 import json
-import statistics
-import subprocess
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import environment, graph_time_us
 from vllm_deterministic.triton_kernels.activation import silu_and_mul
 from vllm_deterministic.triton_kernels.layer_norm import layer_norm
 from vllm_deterministic.triton_kernels.mean import mean
@@ -171,40 +168,9 @@ def vllm_ops() -> Any:
 
 
 def microseconds(call: Call, inputs: int) -> float:
-    """Median time of one call in a graph that calls each input in turn."""
-    for number in range(inputs):
-        call(number)
-    torch.cuda.synchronize()
+    """Time of one call where each input is taken in turn."""
     calls = max(inputs, 32 // inputs * inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(calls):
-            call(number % inputs)
-    times: list[float] = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / calls)
-    return statistics.median(times[2:])
-
-
-def environment(commit: str) -> dict[str, Any]:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "triton", "vllm"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "gpu": subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0],
-        "commit": commit,
-        **versions,
-    }
+    return graph_time_us(lambda: [call(number % inputs) for number in range(calls)], calls, replays=11)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from matmul_shapes import M_VALUES
 from vllm_deterministic.triton_kernels.tiles import Tile
 
 # What is not timed borrows the tile of the next larger M.
-TUNED_M = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+TUNED_M = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 # BLOCK_N, BLOCK_K, warps, stages; operands swapped, BLOCK_M the number of rows.
 _NARROW = (
@@ -66,6 +66,8 @@ _WIDE = (
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
 _FP32 = ((16, 64, 32, 4, 3), (32, 32, 32, 4, 3), (64, 64, 16, 4, 3), (16, 16, 64, 4, 3), (16, 16, 128, 4, 2))
 _SHARED_MEMORY = 225_000
+# Elements of a tile, a warp, of which two accumulators fit the registers.
+TWO_ACCUMULATORS = 2560
 
 
 def candidates(dtype: torch.dtype, m: int, segments: int) -> Iterator[Tile]:
@@ -80,7 +82,7 @@ def candidates(dtype: torch.dtype, m: int, segments: int) -> Iterator[Tile]:
         *(_WIDE if m >= 128 else ()),
     ):
         elements = block_m * (block_n + side_n)
-        if block_m > max(64, m) or (segments > 1 and elements > 2048 * warps):
+        if block_m > max(64, m) or (segments > 1 and elements > TWO_ACCUMULATORS * warps):
             continue  # half empty, or two accumulators that do not fit the registers
         sizes = (block_m, block_n, block_k, warps, stages, swapped)
         yield Tile(*sizes, side_n=side_n)
@@ -91,7 +93,10 @@ def candidates(dtype: torch.dtype, m: int, segments: int) -> Iterator[Tile]:
         if segments == 1 and elements >= 16384 and side_n == 0 and stages == 3 and m >= 256:
             yield Tile(*sizes, persistent=True, tma_store=True)
         if m >= 2048 and elements >= 24576 and not swapped:
-            yield Tile(*sizes, side_n=side_n, group_m=16)
+            for group_m in (4, 16):
+                yield Tile(*sizes, side_n=side_n, group_m=group_m)
+                if segments == 1 and side_n == 0 and stages == 3:
+                    yield Tile(*sizes, persistent=True, tma_store=True, group_m=group_m)
 
 
 def _narrow(rows: int, segments: int) -> Iterator[Tile]:
