@@ -72,7 +72,7 @@ def _ways(key: list[Any]) -> tuple[bool, ...]:
 
 def compile_part(part: int, parts: int) -> None:
     """Compile a part of the candidates into Triton's cache on disk, without running them."""
-    matmul_module._matmul_kernel = Warmup(matmul_module._matmul_kernel)
+    matmul_module.matmul_kernel = Warmup(matmul_module.matmul_kernel)
     for dtype in DTYPES:
         x, w = (torch.empty(rows, 4096, device="cuda", dtype=dtype) for rows in (512, 768))
         for tile, segments in all_candidates(dtype)[part::parts]:

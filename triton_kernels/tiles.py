@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 _TABLES = Path(__file__).parent / "tile_tables"
-_SOURCES = (Path(__file__), Path(__file__).with_name("matmul.py"), *sorted(_TABLES.glob("*.json")))
-# Identifies the tables, and every choice that is part of the bytes, where it is kept what was certified.
+_SOURCES = (*sorted(Path(__file__).parent.glob("matmul*.py")), Path(__file__), *sorted(_TABLES.glob("*.json")))
+# Identifies the tables and the kernel in caches of what was certified.
 TABLE_VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
 # Of the GPU that the table was measured on.
 _MULTIPROCESSORS = 132

@@ -107,7 +107,7 @@ def test_dropped_tiles_are_replaced() -> None:
 
 
 def test_the_version_follows_every_byte(tmp_path: Path) -> None:
-    names = ["tiles.py", "matmul.py", *(str(path.relative_to(FOLDER)) for path in TABLES)]
+    names = ["tiles.py", "matmul.py", "matmul_kernel.py", *(str(path.relative_to(FOLDER)) for path in TABLES)]
 
     def version() -> str:
         return str(runpy.run_path(str(tmp_path / "tiles.py"))["TABLE_VERSION"])

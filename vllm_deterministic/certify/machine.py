@@ -1,14 +1,12 @@
 """The GPU at hand and everything else that a verdict is conditional on."""
 
 import ctypes
-import hashlib
-from pathlib import Path
 
 import torch
 import triton
 
 from vllm_deterministic import __version__
-from vllm_deterministic.triton_kernels import matmul, tiles
+from vllm_deterministic.triton_kernels import tiles
 from vllm_deterministic.triton_kernels.launch import MINIMUM_CAPABILITY, capability
 
 
@@ -28,14 +26,13 @@ def cuda_device() -> torch.device:
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """Everything that a verdict is conditional on, the kernel's own source among it."""
+    """Everything that a verdict is conditional on; ``TABLE_VERSION`` follows the kernel's own source too."""
     return {
         "gpu": torch.cuda.get_device_name(device),
         "driver": _driver_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "tiles": tiles.TABLE_VERSION,
-        "kernel": hashlib.sha256(Path(matmul.__file__).read_bytes()).hexdigest()[:16],
         "vllm-deterministic": __version__,
     }
 
