@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OWN = "vllm_deterministic"
 KERNELS, ENGINE, MODEL = f"{OWN}.triton_kernels", f"{OWN}.engine", f"{OWN}.tiny_model"
-CERTIFY, ATEN = f"{OWN}.certify", f"{OWN}.aten"
+CERTIFY, ATEN, LAB = f"{OWN}.certify", f"{OWN}.aten", f"{OWN}.lab"
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BASE_INSTALL = {re.split(r"[^\w-]", dependency)[0].replace("-", "_") for dependency in PROJECT["dependencies"]}
@@ -46,6 +46,8 @@ RULES = (
     Rule(f"{CERTIFY}.command", BASE_INSTALL | {"torch"}, (CERTIFY, f"{OWN}.verify")),
     Rule(CERTIFY, {"torch", "triton", "rich"}, (CERTIFY, KERNELS)),
     Rule(ATEN, {"torch", "triton"}, (ATEN, KERNELS)),
+    Rule(f"{LAB}.command", BASE_INSTALL | {"torch"}, (LAB, f"{OWN}.verify")),
+    Rule(LAB, BASE_INSTALL | {"torch", "matplotlib"}, (LAB, KERNELS, f"{OWN}.verify")),
     Rule(MODEL, BASE_INSTALL | {"numpy", "tokenizers"}, (MODEL,)),
     Rule(OWN, BASE_INSTALL, None),
 )
@@ -117,6 +119,8 @@ def test_imports_keep_their_direction() -> None:
         (f"{OWN}/certify/a.py", "import vllm", f"{CERTIFY}.a imports vllm"),
         (f"{OWN}/certify/command.py", f"from {KERNELS} import x", f"{CERTIFY}.command imports {KERNELS}.x"),
         (f"{OWN}/aten/a.py", f"from {ENGINE} import x", f"{ATEN}.a imports {ENGINE}.x"),
+        (f"{OWN}/lab/a.py", f"from {ENGINE} import x", f"{LAB}.a imports {ENGINE}.x"),
+        (f"{OWN}/lab/command.py", f"from {KERNELS} import x", f"{LAB}.command imports {KERNELS}.x"),
     ],
 )
 def test_a_planted_fault_is_found(tmp_path: Path, path: str, source: str, violation: str) -> None:

@@ -4,6 +4,7 @@ import typer
 
 from vllm_deterministic.certify.command import certify_command
 from vllm_deterministic.demo import demo
+from vllm_deterministic.lab.command import lab_command
 from vllm_deterministic.report.command import report_command
 from vllm_deterministic.tiny_model.command import tiny_model
 from vllm_deterministic.verify.command import ListCommand, verify_command
@@ -22,6 +23,7 @@ app.command("demo")(demo)
 app.command("tiny-model")(tiny_model)
 app.command("verify", cls=ListCommand)(verify_command)
 app.command("certify", cls=ListCommand)(certify_command)
+app.command("lab", cls=ListCommand)(lab_command)
 app.command("report", cls=ListCommand)(report_command)
 
 
