@@ -31,7 +31,7 @@ def fixed_splits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Ten
 
 
 def project(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """vllm-deterministic's fold: the same splits of 256, each in tiles of 64 keys, all requests in one call."""
+    """This project's fold: the same splits of 256, each in tiles of 64 keys, all requests in one call."""
     keys, lacking = k.shape[1], -k.shape[1] % SPLIT
     k, v = (pad(x, (0, 0, 0, lacking)).unflatten(1, (-1, SPLIT // KEY_TILE, 1, KEY_TILE)) for x in (k, v))
     visible = (torch.arange(keys + lacking, device=q.device) < keys).view(k.shape[1], 1, -1, 1, 1, KEY_TILE)
@@ -71,9 +71,9 @@ def family(device: torch.device, pool: Executor) -> Family:
     return Family(
         title="Attention",
         strategies=(
-            Strategy.of("splits that follow the batch", batch_splits, False, batch_splits),
-            Strategy.of("fixed splits of 256", fixed_splits, True, fixed_splits),
-            Strategy.of("this project's fold", project, True, project),
+            Strategy.of("splits that follow the batch", batch_splits, "batch", batch_splits),
+            Strategy.of("fixed splits of 256", fixed_splits, "fixed", fixed_splits),
+            Strategy.of("this project's fold", project, "fixed", project),
         ),
         inputs=_inputs,
         oracle=_oracle,

@@ -66,9 +66,14 @@ def lab_command(
         run = _prepare(study, device, sizes, widths, repeats)
     except ModuleNotFoundError as error:
         _fail(f"lab needs {error.name}, which is not installed: pip install 'vllm-deterministic[lab]'")
-    with _bar() as bar:
-        task = bar.add_task(study, total=None)
-        record = run(lambda done, total, what: bar.update(task, completed=done, total=total, description=what))
+    try:
+        with _bar() as bar:
+            task = bar.add_task(study, total=None)
+            record = run(lambda done, total, what: bar.update(task, completed=done, total=total, description=what))
+    except RuntimeError as error:
+        if "memory" not in str(error):  # how torch says that there is too little of it, on each kind of device
+            raise
+        _fail(f"{study} needs more memory than there is: smaller --batch-sizes or --hidden")
     try:
         write_outputs(record, outputs)
     except OSError as error:

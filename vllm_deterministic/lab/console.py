@@ -8,7 +8,7 @@ from rich.table import Table
 
 from .view import Record, verdict, view
 
-_WIDTH = 120
+_WIDTH = 124
 
 
 def render(record: Record) -> str:
@@ -18,9 +18,11 @@ def render(record: Record) -> str:
     console = Console(file=page, width=_WIDTH, highlight=False, markup=False)
     console.print(study.title)
     console.print(study.subject)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, heading in enumerate(study.headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not number or heading.startswith("ms"))
+        # Headings of two words take two lines; no column may shrink.
+        words = heading if heading.startswith("ms") else heading.replace(" ", "\n", 1)
+        table.add_column(words, justify="right" if number else "left", no_wrap=True)
     for row in study.rows:
         table.add_row(*row)
     console.print(table)
@@ -28,6 +30,6 @@ def render(record: Record) -> str:
         console.print(note)
     console.print("\nClaims, and what was measured here:")
     for finding in study.findings:
-        console.print(f"  {verdict(finding)}: {finding.claim}. {finding.measured}.", soft_wrap=True)
+        console.print(f"  {verdict(finding)}: {finding.claim}. {finding.measured}.")
     console.print(f"\n{study.environment}", soft_wrap=True)
     return page.getvalue()

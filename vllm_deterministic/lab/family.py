@@ -3,24 +3,27 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Self
 
 import torch
 
+from .record import Order
+
 
 @dataclass(frozen=True)
 class Strategy:
-    """One order of additions. ``promises``: by its rule, a row has one result whatever the batch and the run."""
+    """One way to compute an operation. ``order``: what, by its rule, its order of additions follows."""
 
     name: str
     rule: str
-    promises: bool
+    order: Order
     run: Callable[..., torch.Tensor]
 
     @classmethod
-    def of(cls, name: str, run: Callable[..., torch.Tensor], promises: bool, documented: object) -> Self:
+    def of(cls, name: str, run: Callable[..., torch.Tensor], order: Order, documented: object) -> Self:
         """A strategy whose rule is the docstring of ``documented``."""
-        return cls(name, " ".join((inspect.getdoc(documented) or "").split()), promises, run)
+        return cls(name, " ".join((inspect.getdoc(documented) or "").split()), order, run)
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,12 @@ class Family:
     strategies: tuple[Strategy, ...]
     inputs: Callable[[str, int, int, torch.Generator], Inputs]
     oracle: Callable[..., torch.Tensor]
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether this project's Triton kernels run there."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from vllm_deterministic.triton_kernels.launch import MINIMUM_CAPABILITY, capability
+
+    return bool(capability(device) >= MINIMUM_CAPABILITY)

@@ -1,20 +1,39 @@
 """What people say about these strategies, held against what was measured."""
 
 from collections.abc import Sequence
+from typing import get_args
 
-from .record import Finding, ReductionStudy, StrategyRecord
+from .record import Finding, Order, ReductionStudy, StrategyRecord
 
 
 def findings(study: ReductionStudy, strategies: Sequence[StrategyRecord]) -> list[Finding]:
     """The claims that concern a study, each with the numbers that bear it out or contradict it."""
-    found = [_promises(strategies), _faults(strategies)]
-    by_name = {strategy.name: strategy for strategy in strategies}
-    if study != "attention":
-        found.append(_library(strategies[0]))
+    by_order = {order: [strategy for strategy in strategies if strategy.order == order] for order in get_args(Order)}
+    found = [
+        Finding(
+            claim="a fixed order gives one result",
+            held=all(strategy.batch_invariant for strategy in by_order["fixed"]),
+            measured=_results(by_order["fixed"]),
+        ),
+        Finding(
+            claim="an order that follows the batch gives several results",
+            held=not any(strategy.batch_invariant for strategy in by_order["batch"]),
+            measured=_results(by_order["batch"]),
+        ),
+    ]
+    if by_order["library"]:
+        found.append(
+            Finding(
+                claim="a library's own sum follows the batch",
+                held=not all(strategy.batch_invariant for strategy in by_order["library"]),
+                measured=_results(by_order["library"]),
+            )
+        )
     if study == "rmsnorm":
-        by_index, on_arrival = by_name["threads, merged by index"], by_name["threads, lock, as they arrive"]
+        by_name = {strategy.name: strategy for strategy in strategies}
+        by_index = by_name["threads, merged by index"]
         found += [
-            _varies(on_arrival),
+            *map(_varies, by_order["arrival"]),
             _slower("cat + sum is slower than adding by index", by_name["threads, cat + sum"], by_index),
             _slower("a pool of threads costs more than one thread", by_index, by_name["fixed chunks of 64"]),
         ]
@@ -22,39 +41,17 @@ def findings(study: ReductionStudy, strategies: Sequence[StrategyRecord]) -> lis
     return found
 
 
-def _promises(strategies: Sequence[StrategyRecord]) -> Finding:
-    promising = [strategy for strategy in strategies if strategy.promises]
-    broken = [strategy for strategy in promising if not strategy.batch_invariant]
-    measured = f"{len(promising) - len(broken)} of {len(promising)} strategies with a fixed order gave one result"
-    if broken:
-        measured += "; not " + ", ".join(f"{strategy.name} ({strategy.results})" for strategy in broken)
-    return Finding(claim="a fixed order gives one result", held=not broken, measured=measured)
-
-
-def _faults(strategies: Sequence[StrategyRecord]) -> Finding:
-    faults = [strategy for strategy in strategies if "follow the batch" in strategy.name]
-    return Finding(
-        claim="an order that follows the batch gives several results",
-        held=all(strategy.results > 1 for strategy in faults),
-        measured=", ".join(f"{strategy.name}: {strategy.results}" for strategy in faults),
-    )
-
-
-def _library(library: StrategyRecord) -> Finding:
-    return Finding(
-        claim="the library's own call follows the batch",
-        held=not library.batch_invariant,
-        measured=f"{library.name}: {_count(library.results)} over all batch sizes",
-    )
+def _results(strategies: Sequence[StrategyRecord]) -> str:
+    counts = "; ".join(f"{strategy.name}: {strategy.results}" for strategy in strategies)
+    return f"distinct results over all batch sizes: {counts}"
 
 
 def _varies(strategy: StrategyRecord) -> Finding:
     most = max(case.results_of_repeats for case in strategy.cases)
-    repeats = "run to run" if most > 1 else "run to run; nothing but luck keeps the order"
     return Finding(
         claim="a merge in order of arrival varies from run to run",
         held=not strategy.run_to_run,
-        measured=f"{_count(most)} {repeats}",
+        measured=f"{most} results in one batch" if most > 1 else "1 result in one batch, by luck: no rule keeps it so",
     )
 
 
@@ -67,7 +64,3 @@ def _slower(claim: str, strategy: StrategyRecord, other: StrategyRecord) -> Find
         held=held,
         measured=f"{strategy.name} takes {one.median_ms / two.median_ms:.2f} times as long as {other.name} by medians",
     )
-
-
-def _count(results: int) -> str:
-    return "1 result" if results == 1 else f"{results} results"

@@ -4,7 +4,7 @@ import torch
 
 from vllm_deterministic.triton_kernels import bit_class
 
-DATA = ("mixed", "cancelling")
+DATA = ("mixed", "adversarial")
 
 
 def mixed(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
@@ -13,9 +13,15 @@ def mixed(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(rows, width, generator=generator) * torch.tensor([10.0, 1.0, 1.0, 0.1])[quarter]
 
 
-def cancelling(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """``[rows, width]`` fp32 whose magnitudes spread over 2^-12 to 2^12: squares never cancel, they hide each other."""
-    return bit_class.cancelling(rows, width, dim=1, dtype=torch.float32, generator=generator)
+def massive(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """``[rows, width]`` fp32 normal numbers, but the first of each row is 2^12, as some activations of real models are.
+
+    Squares cannot cancel. Next to the square of 2^12 that of a small number is half a unit in the last place: added
+    alone it is rounded away, added after its neighbours it counts.
+    """
+    x = torch.randn(rows, width, generator=generator)
+    x[:, 0] = 2.0**12
+    return x
 
 
 def mirrored(rows: int, width: int, sign: int, generator: torch.Generator) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Matrix product: five orders in which the terms of one element can be added up."""
+"""Matrix product: five ways in which the terms of one element can be added up."""
 
 from concurrent.futures import Executor
 
@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from vllm_deterministic.triton_kernels import reference
 
-from .family import Family, Inputs, Strategy
+from .family import Family, Inputs, Strategy, has_kernels
 from .inputs import mirrored, mixed
 from .sums import in_order
 
@@ -38,8 +38,8 @@ def fixed_segments(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return _segmented(x, w, SEGMENT)
 
 
-def project(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """vllm-deterministic's own Triton kernel: K in an order that follows the shape of the weight alone."""
+def kernel(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """This project's Triton kernel: K in an order that follows the shape of the weight alone."""
     from vllm_deterministic.triton_kernels.matmul import matmul
 
     return matmul(x, w)
@@ -51,15 +51,15 @@ def _segmented(x: torch.Tensor, w: torch.Tensor, segment: int) -> torch.Tensor:
 
 
 def family(device: torch.device, pool: Executor) -> Family:
-    """``x @ w.T`` for x ``[M, K]`` and w ``[256, K]``. Without CUDA the fixed tile is what this project runs."""
-    own = [Strategy.of("this project's", project, True, project)] if device.type == "cuda" else []
+    """``x @ w.T`` for x ``[M, K]`` and w ``[256, K]``. Without the kernel the fixed tile is what this project runs."""
+    own = [Strategy.of("this project's", kernel, "fixed", kernel)] if has_kernels(device) else []
     return Family(
         title="Matrix product",
         strategies=(
-            Strategy.of("library", library, False, library),
-            Strategy.of("segments that follow the batch", batch_segments, False, batch_segments),
-            Strategy.of("fixed segments of 256", fixed_segments, True, fixed_segments),
-            Strategy.of("fixed tile of 16 rows", fixed_tile, True, fixed_tile),
+            Strategy.of("library", library, "library", library),
+            Strategy.of("segments that follow the batch", batch_segments, "batch", batch_segments),
+            Strategy.of("fixed segments of 256", fixed_segments, "fixed", fixed_segments),
+            Strategy.of("fixed tile of 16 rows", fixed_tile, "fixed", fixed_tile),
             *own,
         ),
         inputs=_inputs,

@@ -32,7 +32,7 @@ def measure(
         batch_sizes: one or more.
         repeats: one or more.
     """
-    batches = [_row(strategy.run(*(x.clone() for x in inputs.batch(size))), size) for size in batch_sizes]
+    batches = [_row(strategy.run(*inputs.batch(size)), size) for size in batch_sizes]
     largest = max(batch_sizes)
     arguments = inputs.batch(largest)
     for _ in range(_WARM_UP):

@@ -24,15 +24,17 @@ class LabOutput:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``kind=png,path=lab.png``, or what verify takes. Raises ValueError that says what is wrong."""
-        kind, _, rest = text.removeprefix("kind=").partition(",")
-        if text.startswith("kind=") and kind not in KINDS:
-            raise ValueError(f"{kind!r} is not a kind of output; choose one of {', '.join(KINDS)}")
-        if kind != "png":
-            spec = OutputSpec.parse(text)
-            return cls(spec.kind, spec.path)
-        if not rest:
-            raise ValueError("kind=png needs a path, for example kind=png,path=lab.png")
-        return cls("png", OutputSpec.parse(f"kind=html,{rest}").path)
+        kind, _, rest = text.partition(",")
+        if kind == "kind=png":
+            if not rest:
+                raise ValueError("kind=png needs a path, for example kind=png,path=lab.png")
+            return cls("png", OutputSpec.parse(f"kind=html,{rest}").path)
+        if kind.startswith("kind=") and kind.removeprefix("kind=") not in KINDS:
+            raise ValueError(
+                f"{kind.removeprefix('kind=')!r} is not a kind of output; choose one of {', '.join(KINDS)}"
+            )
+        spec = OutputSpec.parse(text)
+        return cls(spec.kind, spec.path)
 
 
 def write_outputs(record: Record, outputs: Sequence[LabOutput]) -> None:

@@ -50,7 +50,7 @@ def _panel(
     """One bar a row, from the top, with its label behind it."""
     axes = figure.add_axes(place)
     axes.barh([row + 0.2 for row in range(len(values))], values, height=0.34, color=tones)
-    room = max(values) * 2.4  # the labels need the right half
+    room = max(values) * 2.7  # the labels need the right half
     for row, (value, label) in enumerate(zip(values, labels, strict=True)):
         axes.text(value + room * 0.015, row + 0.21, label, size=10, color=_INK, va="center")
     axes.set(xlim=(0, room), ylim=(len(values) - 0.5, -0.5))

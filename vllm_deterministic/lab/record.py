@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 # Told how much of a study is done, of how much, and what comes next.
 Progress = Callable[[int, int, str], None]
+# What a strategy's order of additions follows: nothing, the batch size, which thread is first, or what a library likes.
+Order = Literal["fixed", "batch", "arrival", "library"]
 ReductionStudy = Literal["rmsnorm", "matmul", "attention"]
 
 
@@ -41,11 +43,11 @@ class Case(_Record):
 
 
 class StrategyRecord(_Record):
-    """One strategy. ``promises``: by its rule, one result whatever the batch and the run; the rest is measured."""
+    """One strategy. ``rule`` and ``order`` are what it sets out to do; the rest is measured."""
 
     name: str
     rule: str
-    promises: bool
+    order: Order
     batch_invariant: bool
     run_to_run: bool
     cases: list[Case]

@@ -1,17 +1,19 @@
-"""RMSNorm: ten orders in which the mean square of a row can be added up."""
+"""RMSNorm: ten ways in which the mean square of a row can be added up."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
 
 import torch
+from torch.nn.functional import pad
 
 from vllm_deterministic.triton_kernels import reference
 
-from .family import Family, Inputs, Strategy
-from .inputs import cancelling, mixed
+from .family import Family, Inputs, Strategy, has_kernels
+from .inputs import massive, mixed
+from .record import Order
 from .sums import by_halves, chunk_sums, in_order
-from .thread_pool import merge_by_cat, merge_by_index, merge_in_pairs, merge_on_arrival
+from .thread_pool import Merge, merge_by_cat, merge_by_index, merge_in_pairs, merge_on_arrival
 
 CHUNK = 64
 MOST_LANES = 32
@@ -37,8 +39,8 @@ def batch_chunks(x: torch.Tensor) -> torch.Tensor:
 def batch_lanes(x: torch.Tensor) -> torch.Tensor:
     """A row is split over 32 / batch size lanes, which take turns: small batches fill the machine too (the fault)."""
     lanes = max(1, MOST_LANES // len(x))
-    steps = (x * x).unflatten(-1, (-1, lanes)).movedim(-2, 0).contiguous().unbind()
-    return by_halves(in_order(steps)) / x.shape[-1]
+    squares = pad(x * x, (0, -x.shape[-1] % lanes)).unflatten(-1, (-1, lanes))
+    return by_halves(in_order(squares.movedim(-2, 0).contiguous().unbind())) / x.shape[-1]
 
 
 def fixed_chunks(x: torch.Tensor) -> torch.Tensor:
@@ -46,19 +48,20 @@ def fixed_chunks(x: torch.Tensor) -> torch.Tensor:
     return in_order(chunk_sums(x * x, CHUNK)) / x.shape[-1]
 
 
-def threaded(
-    merge: Callable[[Executor, Sequence[torch.Tensor]], torch.Tensor], pool: Executor, x: torch.Tensor
-) -> torch.Tensor:
+def threaded(merge: Merge, pool: Executor, x: torch.Tensor) -> torch.Tensor:
     """The mean square with chunks of 64 summed by the threads of ``pool``, and brought together by ``merge``."""
     return merge(pool, (x * x).split(CHUNK, -1)) / x.shape[-1]
 
 
-def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """This project's own: the Triton kernel on CUDA, elsewhere the reference; the order follows the width alone."""
-    if x.device.type == "cuda":
-        from vllm_deterministic.triton_kernels.rms_norm import rms_norm
+def kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """This project's Triton kernel: the order follows the width alone."""
+    from vllm_deterministic.triton_kernels.rms_norm import rms_norm
 
-        return rms_norm(x, weight, EPSILON)
+    return rms_norm(x, weight, EPSILON)
+
+
+def without_kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """This project's road without Triton: the library's sum over rows that lie one after the other, never over one."""
     return reference.rms_norm(x, weight, EPSILON)
 
 
@@ -66,29 +69,30 @@ def family(device: torch.device, pool: Executor) -> Family:
     """``x / sqrt(mean(x^2) + epsilon) * weight`` for x ``[M, H]``."""
 
     def strategy(
-        name: str, mean_square: Callable[[torch.Tensor], torch.Tensor], rule: str | None, one: bool
+        name: str, mean_square: Callable[[torch.Tensor], torch.Tensor], order: Order, rule: object
     ) -> Strategy:
         def normalize(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             return x * torch.rsqrt(mean_square(x) + EPSILON).unsqueeze(-1) * weight
 
-        return Strategy.of(name, normalize, one, rule)
+        return Strategy.of(name, normalize, order, rule)
 
-    merges = (
-        ("threads, merged by index", merge_by_index, True),
-        ("threads, lock, as they arrive", merge_on_arrival, False),
-        ("threads, in pairs", merge_in_pairs, True),
-        ("threads, cat + sum", merge_by_cat, True),
+    merges: tuple[tuple[str, Merge, Order], ...] = (
+        ("threads, merged by index", merge_by_index, "fixed"),
+        ("threads, lock, as they arrive", merge_on_arrival, "arrival"),
+        ("threads, in pairs", merge_in_pairs, "fixed"),
+        ("threads, cat + sum", merge_by_cat, "library"),
     )
+    own = kernel if has_kernels(device) else without_kernel
     return Family(
         title="RMSNorm",
         strategies=(
-            strategy("standard (mean)", standard, standard.__doc__, False),
-            strategy("sequential", sequential, sequential.__doc__, True),
-            strategy("chunks that follow the batch", batch_chunks, batch_chunks.__doc__, False),
-            strategy("lanes that follow the batch", batch_lanes, batch_lanes.__doc__, False),
-            strategy("fixed chunks of 64", fixed_chunks, fixed_chunks.__doc__, True),
-            *(strategy(name, partial(threaded, merge, pool), merge.__doc__, one) for name, merge, one in merges),
-            Strategy.of("this project's", project, True, project.__doc__),
+            strategy("standard (mean)", standard, "library", standard),
+            strategy("sequential", sequential, "fixed", sequential),
+            strategy("chunks that follow the batch", batch_chunks, "batch", batch_chunks),
+            strategy("lanes that follow the batch", batch_lanes, "batch", batch_lanes),
+            strategy("fixed chunks of 64", fixed_chunks, "fixed", fixed_chunks),
+            *(strategy(name, partial(threaded, merge, pool), order, merge) for name, merge, order in merges),
+            Strategy.of("this project's", own, "fixed", own),
         ),
         inputs=_inputs,
         oracle=_oracle,
@@ -96,7 +100,7 @@ def family(device: torch.device, pool: Executor) -> Family:
 
 
 def _inputs(data: str, hidden: int, rows: int, generator: torch.Generator) -> Inputs:
-    make = mixed if data == "mixed" else cancelling
+    make = mixed if data == "mixed" else massive
     return Inputs(rows=(make(rows, hidden, generator),), shared=(mixed(1, hidden, generator)[0],))
 
 

@@ -57,7 +57,7 @@ def run_study(name: ReductionStudy, plan: Plan, progress: Progress) -> Reduction
 
 
 def run_family(family: Family, plan: Plan, progress: Progress) -> list[StrategyRecord]:
-    """Measure the strategies of ``family``. The verdicts are what was measured, whatever a strategy promises."""
+    """Measure the strategies of ``family``. The verdicts are what was measured, whatever a strategy's rule says."""
     cases: list[list[Case]] = [[] for _ in family.strategies]
     total, done = len(plan.hidden) * len(DATA) * len(cases), 0
     for hidden in plan.hidden:
@@ -88,7 +88,7 @@ def _judge(strategy: Strategy, cases: list[Case]) -> StrategyRecord:
     return StrategyRecord(
         name=strategy.name,
         rule=strategy.rule,
-        promises=strategy.promises,
+        order=strategy.order,
         batch_invariant=all(case.results == 1 for case in cases),
         run_to_run=all(case.results_of_repeats == 1 for case in cases),
         cases=cases,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
+from torch.nn.functional import pad
 
 
 def in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -19,7 +19,7 @@ def by_halves(x: torch.Tensor) -> torch.Tensor:
 
     A width that is no power of two is filled up with zeros.
     """
-    x = functional.pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
+    x = pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
@@ -28,5 +28,5 @@ def by_halves(x: torch.Tensor) -> torch.Tensor:
 
 def chunk_sums(x: torch.Tensor, chunk: int) -> tuple[torch.Tensor, ...]:
     """The sums of every ``chunk`` neighbours in the last dimension, each ``by_halves``; the last chunk may be short."""
-    sums: torch.Tensor = by_halves(functional.pad(x, (0, -x.shape[-1] % chunk)).unflatten(-1, (-1, chunk)))
+    sums: torch.Tensor = by_halves(pad(x, (0, -x.shape[-1] % chunk)).unflatten(-1, (-1, chunk)))
     return tuple(sums.unbind(-1))

@@ -1,12 +1,15 @@
 """The same fixed chunks summed by a pool of threads, and four ways to merge what the threads bring."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from threading import Lock
 
 import torch
 
 from .sums import by_halves, in_order
+
+# Takes a pool and chunks ``[M, up to 64]``, gives their sums ``[M]``.
+Merge = Callable[[Executor, Sequence[torch.Tensor]], torch.Tensor]
 
 
 def merge_by_index(pool: Executor, chunks: Sequence[torch.Tensor]) -> torch.Tensor:
