@@ -87,7 +87,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "run_family", fail)
     result = run("rmsnorm", *SMALL)
     assert result.exit_code == 2
-    assert "Error: rmsnorm needs more memory than there is: smaller --batch-sizes or --hidden\n" in result.stderr
+    assert result.stderr == "Error: rmsnorm needs more memory than there is: smaller --batch-sizes or --hidden\n"
 
 
 @pytest.mark.parametrize(

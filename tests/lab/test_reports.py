@@ -70,5 +70,5 @@ def test_a_picture_is_written(study: Any, tmp_path: Path) -> None:
     assert height > 400
 
 
-def test_numbers_have_two_digits_and_no_exponent() -> None:
+def test_numbers_have_two_digits() -> None:
     assert [number(value) for value in (0.0523, 8.44, 15.5, 123.4)] == ["0.052", "8.4", "16", "120"]

@@ -81,7 +81,7 @@ def family(device: torch.device, pool: Executor) -> Family:
 
 
 def _inputs(data: str, hidden: int, rows: int, generator: torch.Generator) -> Inputs:
-    """Cancelling: the second half of the keys repeats the first, the values with the other sign."""
+    """Adversarial: the second half of the keys repeats the first, the values with the other sign."""
     q = torch.randn(rows, hidden // HEAD_SIZE, HEAD_SIZE, generator=generator)
     k = torch.randn(rows, KEYS, HEAD_SIZE, generator=generator)
     if data == "mixed":

@@ -113,7 +113,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 def _bar() -> Bar:
     columns: list[Any] = [TextColumn("{task.description:>36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    return Bar(*columns, console=Console(file=sys.stderr), transient=True)
+    return Bar(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty())
 
 
 def _fail(message: str) -> NoReturn:

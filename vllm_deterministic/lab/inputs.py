@@ -1,4 +1,4 @@
-"""Data for the studies: magnitudes as in real activations, and numbers made to cancel."""
+"""Data for the studies: magnitudes as in real activations, and numbers that show the order of additions."""
 
 import torch
 

@@ -28,8 +28,7 @@ def draw(record: Record, path: Path) -> None:
     bottom, tall = below / height, bars / height
     results = [bar.results for bar in study.bars]
     tones = [_ONE if count == 1 else _SEVERAL for count in results]
-    labels = ["1" if count == 1 else str(count) for count in results]
-    axes = _panel(figure, (0.04, bottom, 0.42, tall), results, labels, tones)
+    axes = _panel(figure, (0.04, bottom, 0.42, tall), results, [str(count) for count in results], tones)
     for place, bar in enumerate(study.bars):
         axes.text(0, place - 0.22, bar.name, size=11, color=_INK, va="center")
     times = [bar.time for bar in study.bars]

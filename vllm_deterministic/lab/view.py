@@ -115,11 +115,12 @@ def _way_row(way: Way) -> tuple[str, ...]:
 
 
 def time_text(time: Time) -> str:
+    """Median and range, without the unit."""
     return f"{number(time.median_ms)} ({number(time.min_ms)} to {number(time.max_ms)})"
 
 
 def number(value: float) -> str:
-    """Two digits, and no exponent: 0.052, 8.4, 120."""
+    """Two digits: 0.052, 8.4, 120."""
     return f"{float(f'{value:.2g}'):g}"
 
 
