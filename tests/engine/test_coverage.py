@@ -98,6 +98,14 @@ def test_device_that_is_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current_device() is CUDA
 
 
+def test_architecture_refused_on_a_gpu_alone(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder("mistral")
+    config = EngineArgs(model=str(folder), dtype="bfloat16").create_engine_config()
+    coverage.check_config(config, DeterministicConfig(), CPU)
+    with pytest.raises(RefusalError, match="architecture MistralForCausalLM is not covered on this device"):
+        coverage.check_config(config, DeterministicConfig(), CUDA)
+
+
 @pytest.mark.parametrize(
     ("changes", "settings", "what"),
     [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams
 
-from vllm_deterministic.engine import coverage
+from vllm_deterministic.engine.devices import CPU
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "mistral"])
@@ -18,7 +18,7 @@ def test_architecture(name: str, model_folder: Callable[..., Path], start: Calla
 
 def test_every_covered_architecture_is_tested(model_folder: Callable[..., Path]) -> None:
     tested = {"Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"}
-    assert set(coverage.COVERED_ARCHITECTURES) == tested
+    assert set(CPU.architectures) == tested
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 TESTED_VERSIONS = ("0.32.0",)
-# Dense decoders made of the modules below; each is held by tests/engine/test_models.py.
-COVERED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def check_versions(deterministic: DeterministicConfig) -> None:
@@ -71,10 +69,11 @@ def _uncovered_model(model: Any, device: Device) -> Iterator[str]:
     if model.runner_type != "generate":
         yield f"runner '{model.runner_type}' is not covered: deterministic serving covers text generation"
     for architecture in model.architectures:
-        if architecture not in COVERED_ARCHITECTURES:
+        if architecture not in device.architectures:
             yield (
-                f"architecture {architecture} is not covered (mixture of experts, multimodal, state-space and encoder "
-                f"models are not proven yet); covered: {', '.join(COVERED_ARCHITECTURES)}. Serve it without the flag."
+                f"architecture {architecture} is not covered on this device (mixture of experts, multimodal, "
+                f"state-space and encoder models are not proven yet); covered: {', '.join(device.architectures)}. "
+                "Serve it without the flag."
             )
     if model.quantization is not None:
         yield f"quantization '{model.quantization}' is not covered: use unquantized weights"

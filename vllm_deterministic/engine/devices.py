@@ -12,6 +12,7 @@ class Device:
     Attributes:
         vllm_worker, worker: class of vLLM's worker, and of the one that takes its place.
         attention_backend: vLLM's name for the one that serves.
+        architectures: of models; each is held by tests on this kind of device.
         dtypes: of the model.
         largest_block: slots of a KV cache block, at most; None: as many as the KV split.
         model_runner: vLLM's version of it that is covered.
@@ -20,6 +21,7 @@ class Device:
     vllm_worker: str
     worker: str
     attention_backend: str
+    architectures: tuple[str, ...]
     dtypes: tuple[str, ...]
     largest_block: int | None
     model_runner: int
@@ -29,6 +31,7 @@ CPU = Device(
     vllm_worker="vllm.v1.worker.cpu_worker.CPUWorker",
     worker="vllm_deterministic.engine.cpu.DeterministicCPUWorker",
     attention_backend="CPU_ATTN",
+    architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     dtypes=("bfloat16", "float16", "float32"),
     largest_block=None,
     model_runner=1,
@@ -37,6 +40,7 @@ CUDA = Device(
     vllm_worker="vllm.v1.worker.gpu_worker.Worker",
     worker="vllm_deterministic.engine.cuda.DeterministicCUDAWorker",
     attention_backend="FLASH_ATTN",
+    architectures=("LlamaForCausalLM", "Qwen3ForCausalLM"),
     dtypes=("bfloat16", "float16"),
     # From its key tile on (64 to 128 keys) FlashAttention 3 reads blocks by another road where queries are long.
     largest_block=32,
