@@ -27,6 +27,8 @@ from gpu_timing import (
 )
 from matmul_shapes import M_VALUES, shapes
 from vllm_deterministic.triton_kernels import matmul as matmul_module
+from vllm_deterministic.triton_kernels.cublaslt import cublaslt
+from vllm_deterministic.triton_kernels.launch import capability
 from vllm_deterministic.triton_kernels.tiles import tile_plan
 
 WEIGHT_BYTES = 130_000_000
@@ -59,10 +61,14 @@ def serial(product: Product) -> Product:
 def compile_part(part: int, parts: int) -> None:
     """Compile a part of the kernels that are measured."""
     matmul_module.matmul_kernel = Warmup(matmul_module.matmul_kernel)
+    device = torch.device("cuda", torch.cuda.current_device())
+    library = cublaslt(device)
     wanted: dict[Any, tuple[Product, int, int, int]] = {}
     for (n, k), layer in shapes().items():
-        plan = tile_plan(torch.bfloat16, torch.cuda.get_device_capability(), n, k)
+        plan = tile_plan(torch.bfloat16, capability(device), n, k, library)
         for m in M_VALUES:
+            if plan.algorithm(m):
+                continue
             wanted.setdefault((plan.tile(m), plan.segments, False), (matmul_module.matmul, m, n, k))
             if of_model(layer, SERIAL_MODEL) and m in SERIAL_M:
                 wanted.setdefault((plan.tile(m), plan.segments, True), (serial(matmul_module.matmul), m, n, k))

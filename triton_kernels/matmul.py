@@ -8,6 +8,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
+from .cublaslt import Algorithm, allows, cublaslt
 from .launch import capability, check_device, programmatic_launch
 from .matmul_kernel import fold_kernel, matmul_kernel
 from .tiles import Tile
@@ -22,7 +23,8 @@ def matmul(
     w: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    tile: Tile | None = None,
+    plan: tiles.TilePlan | None = None,
+    tile: Tile | Algorithm | None = None,
     segments: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -35,8 +37,9 @@ def matmul(
         x: ``[..., K]``, bf16, fp16 or fp32 (fp32 products are IEEE, not TF32).
         w: ``[N, K]`` as vLLM keeps weights, any strides; contiguous along K or N is fastest. Same dtype as x.
         bias: ``[N]`` or None.
-        tile: None takes it from the table by (N, K) and the number of rows.
-        segments: None takes ``tiles.segments(N, K)``. Another number is another bit class.
+        plan: the tiles of this shape; None takes the table's.
+        tile: None takes it from the plan by the number of rows.
+        segments: None takes the plan's. Another number is another bit class.
         out: ``[M, N]`` to write to, contiguous along N; only for x of two dimensions.
 
     Returns:
@@ -56,12 +59,23 @@ def matmul(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}; "
             f"it must be {x.dtype} [{m}, {n}] on {x.device}, contiguous along N"
         )
-    segments = tiles.segments(n, k) if segments is None else segments
+    plan = plan or _plan(x.dtype, x.device, n, k)
+    segments = plan.segments if segments is None else segments
     if segments < 1:
         raise ValueError(f"segments is {segments}; K is cut into at least 1 part")
     if out.numel():
-        tile = _plan(x.dtype, capability(x.device), n, k).tile(m) if tile is None else tile
-        _launch(rows[None], w[None], bias, out[None], tile, segments)
+        if tile is None:
+            tile = (plan.algorithm(m) if _allows_library(rows, w, bias, out, segments) else None) or plan.tile(m)
+        if isinstance(tile, Tile):
+            _launch(rows[None], w[None], bias, out[None], tile, segments)
+        elif _allows_library(rows, w, bias, out, segments):
+            _call_library(rows, w, out, tile, segments)
+        else:
+            raise ValueError(
+                f"{tile} of cuBLASLt cannot multiply x {tuple(x.shape)} and w {tuple(w.shape)} in {segments} segments: "
+                "it takes bf16 and fp16 on CUDA without a bias, rows contiguous and aligned to 16 bytes, segments of "
+                "one length; give a Tile"
+            )
     return out.view(*x.shape[:-1], n)
 
 
@@ -86,15 +100,19 @@ def batched_matmul(a: torch.Tensor, b: torch.Tensor, *, tile: Tile | None = None
     n = b.shape[2]
     out = torch.empty(batch, m, n, dtype=a.dtype, device=a.device)
     if out.numel():
-        tile = _plan(a.dtype, capability(a.device), n, k).tile(m) if tile is None else tile
+        tile = _plan(a.dtype, a.device, n, k).tile(m) if tile is None else tile
         for part in (slice(start, start + _MOST_BATCHES) for start in range(0, batch, _MOST_BATCHES)):
             _launch(a[part], b[part].transpose(1, 2), None, out[part], tile, tiles.segments(n, k))
     return out
 
 
 @functools.cache
-def _plan(dtype: torch.dtype, capability: tuple[int, int], n: int, k: int) -> tiles.TilePlan:
-    return tiles.tile_plan(dtype, capability, n, k)
+def _plan(dtype: torch.dtype, device: torch.device, n: int, k: int) -> tiles.TilePlan:
+    """The plan of a product that nobody certified: with the library only where all of it was found in class."""
+    library = cublaslt(device)
+    if library and not tiles.surveyed(capability(device), library):
+        library = None
+    return tiles.tile_plan(dtype, capability(device), n, k, library)
 
 
 def _check(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, names: tuple[str, str] = ("x", "w")) -> None:
@@ -153,11 +171,28 @@ def _launch(
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
     )  # fmt: skip
     if partial is not None:
-        block = 1024
-        fold_kernel[(m, triton.cdiv(n, block))](
-            partial, bias, out, m, n, out.stride(1),
-            SEGMENTS=segments, BLOCK=block, HAS_BIAS=bias is not None, PDL=pdl, launch_pdl=pdl,
-        )  # fmt: skip
+        _fold(partial, bias, out[0])
+
+
+def _call_library(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, algorithm: Algorithm, segments: int) -> None:
+    """``out = x @ w.T`` by cuBLASLt."""
+    library = cublaslt(x.device)
+    assert library is not None
+    if segments == 1:
+        library.product(x, w, out, algorithm)
+    else:
+        partial = x.new_empty(segments, *out.shape, dtype=torch.float32)
+        library.product(x, w, partial, algorithm)
+        _fold(partial, None, out)
+
+
+def _fold(partial: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    segments, m, n = partial.shape
+    block, pdl = 1024, programmatic_launch(partial)
+    fold_kernel[(m, triton.cdiv(n, block))](
+        partial, bias, out, m, n, out.stride(0),
+        SEGMENTS=segments, BLOCK=block, HAS_BIAS=bias is not None, PDL=pdl, launch_pdl=pdl,
+    )  # fmt: skip
 
 
 def _weight_descriptor(w: torch.Tensor, rows: int, columns: int, k_major: bool) -> TensorDescriptor | None:
@@ -173,6 +208,14 @@ def _weight_descriptor(w: torch.Tensor, rows: int, columns: int, k_major: bool) 
 def _segment_k(k: int, segments: int) -> int:
     """Columns of a segment: a multiple of every tile's BLOCK_K, so that no tile reaches across a boundary."""
     return max(1, triton.cdiv(triton.cdiv(k, segments), tiles.SEGMENT_MULTIPLE)) * tiles.SEGMENT_MULTIPLE
+
+
+def _allows_library(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, segments: int
+) -> bool:
+    k = x.shape[1]
+    equal_parts = segments == 1 or _segment_k(k, segments) * segments == k
+    return bias is None and equal_parts and cublaslt(x.device) is not None and allows(x, w, out)
 
 
 def _allows_tma(x: torch.Tensor) -> bool:

@@ -127,7 +127,7 @@ class Server:
         self.directory, self.lines, self.calls = directory, list[str](), 0
         self.outside: tuple[Tile, ...] = ()
         monkeypatch.setattr(plans, "identity", lambda device: IDENTITY)
-        monkeypatch.setattr(plans, "tile_plan", lambda dtype, capability, n, k: replace(PLAN, n=n, k=k))
+        monkeypatch.setattr(plans, "tile_plan", lambda dtype, capability, n, k, library: replace(PLAN, n=n, k=k))
         certify_plan = plans.certify_plan
         monkeypatch.setattr(
             plans, "certify_plan", lambda *args, **given: certify_plan(*args, **{**given, "rows": (1, 8)})

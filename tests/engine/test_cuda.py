@@ -71,14 +71,15 @@ def test_shape_without_a_plan_names_the_way_out() -> None:
         PlannedMatmul.run(torch.zeros(1, 64).bfloat16(), torch.zeros(96, 64).bfloat16(), None)
 
 
-def test_plan_is_asked_for_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_follows_the_plan_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    plan = SimpleNamespace(tile=lambda m: f"tile for {m}", segments=2)
-    monkeypatch.setattr(PlannedMatmul, "plans", {(torch.float32, 96, 64): plan})
-    monkeypatch.setattr(cuda_linear, "matmul", lambda *args, **kwargs: calls.append(kwargs))
-    PlannedMatmul.run(torch.zeros(5, 64), torch.zeros(96, 64), None)
-    PlannedMatmul.run(torch.zeros(2, 5, 64), torch.zeros(96, 64), None)
-    assert calls == [{"tile": "tile for 5", "segments": 2}, {"tile": "tile for 10", "segments": 2}]
+    plans = {(dtype, 96, k): f"{dtype} {k}" for dtype in (torch.float32, torch.bfloat16) for k in (64, 128)}
+    monkeypatch.setattr(PlannedMatmul, "plans", plans)
+    monkeypatch.setattr(cuda_linear, "matmul", lambda x, w, bias, **given: calls.append((len(x), bias, given)))
+    for (dtype, n, k), plan in plans.items():
+        bias = torch.zeros(n, dtype=dtype)
+        PlannedMatmul.run(torch.zeros(5, k, dtype=dtype), torch.zeros(n, k, dtype=dtype), bias)
+        assert calls.pop() == (5, bias, {"plan": plan})
 
 
 def _model() -> torch.nn.Module:
@@ -108,7 +109,7 @@ def test_every_shape_is_certified_and_every_tile_launched(monkeypatch: pytest.Mo
         }
 
     def run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, **settings: Any) -> None:
-        launched.append((len(w), bias is not None, len(x), settings["tile"].block_m))
+        launched.append((len(w), bias is not None, len(x), settings["plan"].tile(len(x)).block_m))
 
     monkeypatch.setattr(PlannedMatmul, "plans", {})
     monkeypatch.setattr(cuda_linear, "certified_plans", plans)

@@ -7,6 +7,7 @@ import triton
 
 from vllm_deterministic import __version__
 from vllm_deterministic.triton_kernels import tiles
+from vllm_deterministic.triton_kernels.cublaslt import cublaslt
 from vllm_deterministic.triton_kernels.launch import MINIMUM_CAPABILITY, capability
 
 
@@ -27,11 +28,13 @@ def cuda_device() -> torch.device:
 
 def identity(device: torch.device) -> dict[str, str]:
     """Everything that a verdict is conditional on; ``TABLE_VERSION`` follows the kernel's own source too."""
+    library = cublaslt(device)
     return {
         "gpu": torch.cuda.get_device_name(device),
         "driver": _driver_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "cublaslt": str(library.version) if library else "absent",
         "tiles": tiles.TABLE_VERSION,
         "vllm-deterministic": __version__,
     }

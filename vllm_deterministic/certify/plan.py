@@ -7,6 +7,7 @@ import torch
 from vllm_deterministic.triton_kernels import matmul as kernel
 from vllm_deterministic.triton_kernels.bit_class import first_difference
 from vllm_deterministic.triton_kernels.cancelling_inputs import FAMILIES
+from vllm_deterministic.triton_kernels.cublaslt import Algorithm
 from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, class_reference
 
 from .verdict import PlanVerdict, TileVerdict
@@ -34,15 +35,13 @@ def tried_columns(n: int) -> int:
     return n if n < 4096 else 2048 + n % 2048
 
 
-def tried_rows(plan: TilePlan, tile: Tile, rows: Sequence[int] = ROWS) -> tuple[int, ...]:
+def tried_rows(plan: TilePlan, tile: Tile | Algorithm, rows: Sequence[int] = ROWS) -> tuple[int, ...]:
     """The numbers of rows at which the table may choose ``tile``: those listed, the edges, and their neighbours."""
-    tried, before = set[int](), 0
-    for last, other in plan.ranges:
-        if other == tile:
-            tried.update(m for m in rows if before < m <= last)
-            tried.update((before, before + 1, last, last + 1))
-        before = last
-    if tile.persistent:
+    tried = set[int]()
+    for before, last in plan.rows(tile):
+        tried.update(m for m in rows if before < m <= last)
+        tried.update((before, before + 1, last, last + 1))
+    if isinstance(tile, Algorithm) or tile.persistent:
         tried.add(max(rows))  # enough tiles for a program to walk more than one
     return tuple(sorted(m for m in tried if 1 <= m <= max(rows))) or (max(rows),)
 
@@ -128,7 +127,7 @@ def certify_plan(
 def _outside(
     matmul: Matmul,
     plan: TilePlan,
-    tile: Tile,
+    tile: Tile | Algorithm,
     x: torch.Tensor,
     w: torch.Tensor,
     expected: torch.Tensor,

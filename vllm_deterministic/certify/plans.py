@@ -12,6 +12,7 @@ import torch
 
 from vllm_deterministic.triton_kernels import matmul as kernel
 from vllm_deterministic.triton_kernels.cancelling_inputs import FAMILIES
+from vllm_deterministic.triton_kernels.cublaslt import Algorithm, cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
 from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, tile_plan
 
@@ -94,7 +95,7 @@ def certify(
         cache: None certifies all of them anew and keeps nothing.
     """
     name = str(dtype).removeprefix("torch.")
-    plans = [tile_plan(dtype, capability(device), n, k) for n, k in dict.fromkeys(shapes)]
+    plans = [tile_plan(dtype, capability(device), n, k, cublaslt(device)) for n, k in dict.fromkeys(shapes)]
     verdicts = {plan: cache.find(plan, name, every_m=every_m) if cache else None for plan in plans}
     missing = [plan for plan in plans if verdicts[plan] is None]
     if missing:
@@ -122,7 +123,7 @@ def certify(
 
 
 def _compile(
-    tiles: dict[tuple[Tile, int], TilePlan],
+    tiles: dict[tuple[Tile | Algorithm, int], TilePlan],
     dtype: torch.dtype,
     device: torch.device,
     matmul: Matmul | None,
@@ -130,7 +131,7 @@ def _compile(
 ) -> None:
     """Compile every tile, on all cores at once. What fails here fails again, and is reported, when it is tried."""
 
-    def launch(item: tuple[tuple[Tile, int], TilePlan]) -> None:
+    def launch(item: tuple[tuple[Tile | Algorithm, int], TilePlan]) -> None:
         (tile, segments), plan = item
         # As many columns as divide by what the real number divides by: all that the compiler knows of N.
         columns = plan.n if plan.n < 256 else 256 + plan.n % 256

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vllm_deterministic.triton_kernels.cublaslt import Algorithm
 from vllm_deterministic.triton_kernels.tiles import Tile
 
 from .verdict import PlanVerdict
@@ -59,8 +60,10 @@ def render_json(identity: Mapping[str, str], verdicts: Sequence[PlanVerdict]) ->
     return json.dumps(content, indent=2) + "\n"
 
 
-def _describe(tile: Tile) -> str:
-    """The tile's size, then what sets it apart from a plain one."""
+def _describe(tile: Tile | Algorithm) -> str:
+    """The tile's size, then what sets it apart from a plain one; the library's numbers of an algorithm."""
+    if isinstance(tile, Algorithm):
+        return "cuBLASLt " + " ".join(f"{field.name} {getattr(tile, field.name)}" for field in fields(tile))
     extras = [field for field in fields(tile) if field.name not in _SIZE and getattr(tile, field.name) != field.default]
     words = [field.name if field.type is bool else f"{field.name} {getattr(tile, field.name)}" for field in extras]
     return " ".join([f"{tile.block_m}x{tile.block_n}x{tile.block_k}, warps {tile.warps}, stages {tile.stages}", *words])

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
+from vllm_deterministic.triton_kernels.cublaslt import Algorithm
 from vllm_deterministic.triton_kernels.tiles import Tile
 
 Status = Literal["in class", "outside", "failed"]
@@ -13,12 +14,12 @@ class TileVerdict:
     """One tile.
 
     Attributes:
-        tile: the tile.
+        tile: the tile, or the library's algorithm in its place.
         status: "in class", "outside" (other bytes than the reference's) or "failed" (it did not run).
         detail: where it is outside (family, M, first element), or why it did not run; empty in class.
     """
 
-    tile: Tile
+    tile: Tile | Algorithm
     status: Status
     detail: str = ""
 
@@ -47,7 +48,7 @@ class PlanVerdict:
     tiles: tuple[TileVerdict, ...]
 
     @property
-    def dropped(self) -> tuple[Tile, ...]:
+    def dropped(self) -> tuple[Tile | Algorithm, ...]:
         """The tiles that may not be used."""
         return tuple(verdict.tile for verdict in self.tiles if verdict.status != "in class")
 
@@ -67,5 +68,9 @@ class PlanVerdict:
         Raises:
             KeyError, TypeError: it is something else.
         """
-        tiles = tuple(TileVerdict(Tile(**tile["tile"]), tile["status"], tile["detail"]) for tile in data["tiles"])
+        tiles = tuple(TileVerdict(_tile(tile["tile"]), tile["status"], tile["detail"]) for tile in data["tiles"])
         return cls(**{**data, "tiles": tiles})
+
+
+def _tile(fields: dict[str, Any]) -> Tile | Algorithm:
+    return Algorithm(**fields) if "algorithm" in fields else Tile(**fields)

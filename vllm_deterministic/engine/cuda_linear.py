@@ -37,7 +37,7 @@ class PlannedMatmul:
                 f"no tiles are certified for a weight of shape [{n}, {k}] in {w.dtype}: this process serves a "
                 "deterministic engine; start another engine in another process"
             )
-        return matmul(x, w, bias, tile=plan.tile(x.numel() // k), segments=plan.segments)
+        return matmul(x, w, bias, plan=plan)
 
 
 def certify(model: torch.nn.Module, device: torch.device, max_rows: int) -> None:
@@ -73,9 +73,7 @@ def _linear_layers(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch
 
 def _compile_tiles(w: torch.Tensor, bias: torch.Tensor | None, max_rows: int) -> None:
     """Launch every tile once: compiled while serving it would hold up the requests of that step."""
-    rows = 1
-    for last, _ in PlannedMatmul.plans[w.dtype, *w.shape].ranges:
-        if rows > max_rows:
-            return
-        PlannedMatmul.run(w.new_zeros(rows, w.shape[1]), w, bias)
-        rows = last + 1
+    plan = PlannedMatmul.plans[w.dtype, *w.shape]
+    for rows in sorted({before + 1 for tile in plan.tiles for before, _ in plan.rows(tile)}):
+        if rows <= max_rows:
+            PlannedMatmul.run(w.new_zeros(rows, w.shape[1]), w, bias)

@@ -1,0 +1,140 @@
+"""Finds where an algorithm of cuBLASLt is faster than the tile of the matrix product, and which: some minutes on a GPU.
+
+    python benchmarks/tune_library.py triton_kernels/tile_tables/sm90_cublaslt.json
+
+For each shape and range of M the library suggests algorithms; each is compared with the class reference, byte for byte,
+and timed at the last M of the range, as is the tile that ``make_tile_table.py`` chose. Times are medians of CUDA graph
+replays with the weights rotated past the L2 cache.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_timing import Warmup, environment, graph_time_us, in_parts
+from matmul_shapes import shapes
+from vllm_deterministic.triton_kernels import matmul as matmul_module
+from vllm_deterministic.triton_kernels.bit_class import mirrored, same_bytes
+from vllm_deterministic.triton_kernels.cublaslt import Algorithm, CublasLt, cublaslt
+from vllm_deterministic.triton_kernels.launch import capability
+from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, class_reference, tile_plan
+
+# An algorithm's tile wastes what M leaves of its last row of tiles, so that ranges are as narrow as tiles are high.
+LAST_M = (
+    *(16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048),
+    *(2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
+)
+DTYPE = torch.bfloat16
+SUGGESTIONS = 6
+WEIGHT_BYTES = 130_000_000
+COMPARED_ROWS, COMPARED_COLUMNS = 1100, 8192
+# Few rows are multiplied between kernels of ours, which start early after a tile and not after the library.
+LIBRARY_GAIN = {m: 1.02 if m <= 64 else 1.0 for m in LAST_M}
+# An algorithm that the shape has already is taken where it is no slower than this, so that fewer are certified.
+SAME_ALGORITHM = 1.01
+matmul = matmul_module.matmul
+
+
+def compile_part(part: int, parts: int) -> None:
+    """Compile a part of the tiles that the library is compared with."""
+    matmul_module.matmul_kernel = Warmup(matmul_module.matmul_kernel)
+    tiles = {}
+    for n, k in shapes():
+        plan = tile_plan(DTYPE, torch.cuda.get_device_capability(), n, k)
+        tiles |= {(plan.tile(m), plan.segments): k for m in LAST_M}
+    for (tile, segments), k in list(tiles.items())[part::parts]:
+        x, w = (torch.empty(rows, k, device="cuda", dtype=DTYPE) for rows in (512, 768))
+        matmul(x, w, tile=tile, segments=segments)
+
+
+class Shape:
+    """One weight: which algorithms are in its class, and how long each takes."""
+
+    def __init__(self, plan: TilePlan) -> None:
+        self.plan = plan
+        generator = torch.Generator("cuda").manual_seed(0)
+        rows = {"dtype": DTYPE, "generator": generator}
+        self.compared_x = mirrored(COMPARED_ROWS, plan.k, sign=-1, **rows)
+        self.compared_w = mirrored(min(plan.n, COMPARED_COLUMNS), plan.k, sign=1, **rows)
+        self.expected = self.product(self.compared_x, self.compared_w, class_reference(DTYPE))
+        copies = max(1, min(16, WEIGHT_BYTES // (2 * plan.n * plan.k)))
+        self.weights = [torch.randn(plan.n, plan.k, device="cuda", dtype=DTYPE) for _ in range(copies)]
+        self.verdicts: dict[Algorithm, bool] = {}
+
+    def product(self, x: torch.Tensor, w: torch.Tensor, tile: Tile | Algorithm) -> torch.Tensor:
+        return matmul(x, w, tile=tile, segments=self.plan.segments)
+
+    def is_in_class(self, algorithm: Algorithm) -> bool:
+        if algorithm not in self.verdicts:
+            self.verdicts[algorithm] = all(
+                same_bytes(self.product(self.compared_x[:m], self.compared_w, algorithm), self.expected[:m])
+                for m in (COMPARED_ROWS, 77, 1)
+            )
+        return self.verdicts[algorithm]
+
+    def time_us(self, m: int, tile: Tile | Algorithm) -> float:
+        x = torch.randn(m, self.plan.k, device="cuda", dtype=DTYPE)
+        call: Callable[[], Any] = lambda: [self.product(x, w, tile) for w in self.weights]  # noqa: E731
+        return graph_time_us(call, len(self.weights), budget_us=15_000, replays=5)
+
+    def choose(self, library: CublasLt) -> list[Algorithm | None]:
+        """The algorithm for each range of M; None where the tile is as fast."""
+        chosen: list[Algorithm | None] = []
+        for m in LAST_M:
+            had = [algorithm for algorithm in dict.fromkeys(reversed(chosen)) if algorithm]
+            suggested = library.suggest(DTYPE, m, self.plan.n, self.plan.k, self.plan.segments, SUGGESTIONS)
+            candidates = [a for a in dict.fromkeys([*suggested, *had[:2]]) if self.is_in_class(a)]
+            times = {algorithm: self.time_us(m, algorithm) for algorithm in candidates}
+            tile_us = self.time_us(m, self.plan.tile(m))
+            best = min(times, key=times.__getitem__, default=None)
+            if best is None or times[best] * LIBRARY_GAIN[m] >= tile_us:
+                chosen.append(None)
+                continue
+            known = [a for a in had if a in times and times[a] <= SAME_ALGORITHM * times[best]]
+            chosen.append(known[0] if known and times[known[0]] < tile_us else best)
+        return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.compile:
+        compile_part(*map(int, args.compile.split("/")))
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    library = cublaslt(device)
+    if library is None:
+        parser.error("torch came without cuBLASLt")
+    in_parts([__file__, "-", "--compile"])
+    chosen: dict[str, list[Algorithm | None]] = {}
+    tried: dict[Algorithm, bool] = {}
+    for n, k in shapes():
+        shape = Shape(tile_plan(DTYPE, capability(device), n, k))
+        chosen[f"{n}x{k}"] = shape.choose(library)
+        for algorithm, good in shape.verdicts.items():
+            tried[algorithm] = tried.get(algorithm, True) and good
+        print(n, k, " ".join("." if a is None else "L" for a in chosen[f"{n}x{k}"]), flush=True)
+        del shape
+        torch.cuda.empty_cache()
+    algorithms = sorted({algorithm for row in chosen.values() for algorithm in row if algorithm})
+    print(f"{sum(tried.values())} of {len(tried)} algorithms are in their class; the table names {len(algorithms)}")
+    content = {
+        "environment": environment(args.commit),
+        "version": library.version,
+        "last_m": LAST_M,
+        "algorithms": [astuple(algorithm) for algorithm in algorithms],
+        "shapes": {s: [None if a is None else algorithms.index(a) for a in row] for s, row in chosen.items()},
+    }
+    written = json.dumps(content).replace("], [", "],\n[").replace('], "', '],\n"').replace('}, "', '},\n"')
+    args.table.write_text(written + "\n")
+
+
+if __name__ == "__main__":
+    main()
