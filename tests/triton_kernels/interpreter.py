@@ -7,6 +7,7 @@ ones while a test runs; afterwards everything stands as before.
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -26,9 +27,30 @@ _INTERPRETED = ("triton.language.", "vllm_deterministic.triton_kernels.")
 _PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.condition, tl.core.tensor_descriptor_base)
 
 
+_one_thread = threading.RLock()
+
+
 @contextlib.contextmanager
 def interpreting() -> Iterator[None]:
-    """Run every kernel of this project by Triton's interpreter, on CPU tensors, until the context ends."""
+    """Run every kernel of this project by Triton's interpreter, on CPU tensors, until the context ends.
+
+    Contexts nest in one thread. Those of two threads that overlap would not: the last to end would restore what it
+    found, which is the interpreter of the other.
+
+    Raises:
+        RuntimeError: another thread has such a context open.
+    """
+    if not _one_thread.acquire(blocking=False):
+        raise RuntimeError("another thread runs the kernels interpreted")
+    try:
+        with _exchanged():
+            yield
+    finally:
+        _one_thread.release()
+
+
+@contextlib.contextmanager
+def _exchanged() -> Iterator[None]:
     before = [(place, name, value) for place in _PATCHED for name, value in vars(place).items()]
     modules = [module for name, module in sys.modules.items() if f"{name}.".startswith(_INTERPRETED)]
     # By the Python function: a JITFunction hashes its whole source, and what that refers to.
