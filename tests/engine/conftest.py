@@ -1,6 +1,5 @@
 """Engines in this process: started in seconds, and open to planted faults."""
 
-import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +11,11 @@ import pytest
 pytest.importorskip("vllm", reason="needs the extra 'cpu'")
 import torch
 from safetensors.torch import save_file
-from vllm import LLM, RequestOutput, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from vllm import LLM, SamplingParams
 
 from vllm_deterministic.tiny_model.tokenizer import tokenizer_files
+
+from .engines import record, starting
 
 VOCABULARY = 4096
 _BASE = {
@@ -97,43 +97,31 @@ def qwen3(model_folder: Callable[..., Path]) -> Path:
     return model_folder("qwen3")
 
 
+# The smallest engine: others differ from it by what a test is about.
+SETTINGS: dict[str, Any] = {
+    "enforce_eager": True,
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": 1 << 27,
+    "disable_log_stats": True,
+}
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., LLM]]:
     """Start a deterministic engine; it ends with the test or with the next start."""
-    engines: list[LLM] = []
+    with starting(**SETTINGS) as start:
+        yield start
 
-    def end() -> None:
-        while engines:
-            engines.pop().llm_engine.engine_core.shutdown()
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
-    def make(model: Path, **changes: Any) -> LLM:
-        end()
-        settings = {
-            "enforce_eager": True,
-            "dtype": "float32",
-            "max_model_len": 1024,
-            "kv_cache_memory_bytes": 1 << 27,
-            "additional_config": {"deterministic": True},
-            "disable_log_stats": True,
-        }
-        engines.append(LLM(str(model), **{**settings, **changes}))
-        return engines[0]
-
-    yield make
-    end()
+@pytest.fixture(scope="module")
+def engine(qwen3: Path) -> Iterator[LLM]:
+    """One deterministic engine for all tests of a module."""
+    with starting(**SETTINGS) as start:
+        yield start(qwen3)
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, logprobs=5)
-
-
-def record(output: RequestOutput) -> list[Any]:
-    """Token ids and logprobs of every choice, floats as they are: equal records are equal bytes."""
-    return [
-        (list(choice.token_ids), [[(i, p.logprob.hex()) for i, p in step.items()] for step in choice.logprobs or []])
-        for choice in output.outputs
-    ]
 
 
 def prompts(lengths: Sequence[int]) -> list[dict[str, list[int]]]:

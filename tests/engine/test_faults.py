@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +11,6 @@ from vllm_deterministic.triton_kernels import reference
 
 from vllm_deterministic.engine import attention, ops, sampling
 from vllm_deterministic.engine.linear import RowTiledLinear
-
-
-@pytest.fixture(scope="module")
-def shared(model_folder: Callable[..., Path]) -> Path:
-    return model_folder("qwen3")
 
 
 def _rows_follow_m(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,17 +114,3 @@ def test_noise_by_batch_row_is_seen(engine: LLM, answers: Any, monkeypatch: pyte
     drawn = iter(range(10**6))
     monkeypatch.setattr(sampling.NoiseStream, "noise_seed", lambda self: next(drawn))
     assert answers.alone(engine, lengths, params) != answers.together(engine, lengths, params)
-
-
-@pytest.fixture(scope="module")
-def engine(shared: Path) -> Any:
-    llm = LLM(
-        str(shared),
-        enforce_eager=True,
-        dtype="float32",
-        max_model_len=1024,
-        kv_cache_memory_bytes=1 << 27,
-        additional_config={"deterministic": True},
-    )
-    yield llm
-    llm.llm_engine.engine_core.shutdown()

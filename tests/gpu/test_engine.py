@@ -1,6 +1,5 @@
 """An engine on a GPU: a request gives the same bytes alone and among neighbours, eager, with CUDA graphs, compiled."""
 
-import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,11 @@ import pytest
 pytest.importorskip("vllm", reason="needs the extra 'cuda'")
 import torch
 from safetensors.torch import save_file
-from vllm import LLM, RequestOutput, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from vllm import LLM, SamplingParams
 
 from vllm_deterministic.engine.cuda_linear import PlannedMatmul
+
+from ..engine.engines import record, starting
 
 pytestmark = pytest.mark.gpu
 
@@ -93,37 +93,15 @@ def _engines_in_this_process() -> Iterator[None]:
 @pytest.fixture
 def start() -> Iterator[Callable[..., LLM]]:
     """Start a deterministic engine; it ends with the test or with the next start."""
-    engines: list[LLM] = []
-
-    def end() -> None:
-        while engines:
-            engines.pop().llm_engine.engine_core.shutdown()
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-    def make(model: Path, **changes: Any) -> LLM:
-        end()
-        engine = LLM(
-            str(model),
-            skip_tokenizer_init=True,
-            max_model_len=2048,
-            max_num_seqs=64,
-            max_num_batched_tokens=512,
-            kv_cache_memory_bytes=1 << 30,
-            additional_config={"deterministic": True},
-            **changes,
-        )
-        engines.append(engine)
-        return engine
-
-    yield make
-    end()
-
-
-def record(output: RequestOutput) -> tuple[Any, ...]:
-    """Token ids and logprobs, floats as they are: equal records are equal bytes."""
-    choice = output.outputs[0]
-    return tuple(choice.token_ids), [[(i, p.logprob.hex()) for i, p in step.items()] for step in choice.logprobs or []]
+    settings = {
+        "skip_tokenizer_init": True,
+        "max_model_len": 2048,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 512,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
+    with starting(**settings) as start:
+        yield start
 
 
 def prompt(length: int) -> dict[str, list[int]]:
@@ -156,7 +134,7 @@ def test_bytes_do_not_depend_on_neighbours_graphs_or_compilation(qwen3: Path, st
         assert together(llm) == expected, f"{mode}, prefix cache warm"
         assert llm.reset_prefix_cache()
         assert together(llm) == expected, f"{mode}, prefix cache cold"
-    assert len({tokens for tokens, _ in expected}) == len(expected), "the answers do not depend on the prompt"
+    assert len({tokens for ((tokens, _),) in expected}) == len(expected), "the answers do not depend on the prompt"
 
 
 def test_planted_fault_is_seen(qwen3: Path, start: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
