@@ -57,6 +57,7 @@ def test_json_goes_to_standard_output() -> None:
         (("float", "--output", "kind=pdf"), "'pdf' is not a kind of output; choose one of console, json, html, png"),
         (("float", "--output", "kind=png"), "kind=png needs a path, for example kind=png,path=lab.png"),
         (("float", "--output", "kind=png,path=/nope/x.png"), "the directory /nope does not exist"),
+        (("float", "--output", "kind=png,file=x"), "'kind=png,file=x' is not of the form kind=KIND,path=PATH"),
         (("float", "--output", "png"), "'png' is not of the form kind=KIND,path=PATH"),
     ],
 )

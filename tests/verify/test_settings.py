@@ -79,6 +79,7 @@ def test_reads_outputs(tmp_path: Path) -> None:
         ("kind=json,path", "not of the form"),
         ("kind=json,file=x", "not of the form"),
         ("kind=pdf,path=x", "'pdf' is not a kind of output"),
+        ("kind=png,path=x", "'png' is not a kind of output; choose one of console, json, html"),
         ("kind=html", "needs a path"),
         ("kind=json,path=/no/such/place/x.json", "does not exist"),
         ("kind=json,path=/", "is a directory"),

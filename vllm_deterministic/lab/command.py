@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from vllm_deterministic.verify.settings import OutputSpec
+
 from . import floats
-from .outputs import LabOutput, write_outputs
+from .outputs import KINDS, write_outputs
 from .record import ReductionStudy
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def lab_command(
     if device not in _DEVICES:
         _fail(f"--device {device}: choose one of {', '.join(_DEVICES)}")
     try:
-        outputs = [LabOutput.parse(text) for text in output or ["kind=console"]]
+        outputs = [OutputSpec.parse(text, KINDS) for text in output or ["kind=console"]]
     except ValueError as error:
         _fail(f"--output: {error}")
     sizes, widths = _numbers("--batch-sizes", batch_sizes), _numbers("--hidden", hidden)

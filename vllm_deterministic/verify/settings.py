@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -20,9 +21,11 @@ from pydantic import (
 )
 
 ArmName = Literal["identical", "mixed", "prefix", "sampled"]
-OutputKind = Literal["console", "json", "html"]
+OutputKind = Literal["console", "json", "html", "png"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
-OUTPUT_KINDS: tuple[OutputKind, ...] = get_args(OutputKind)
+OUTPUT_KINDS: tuple[OutputKind, ...] = ("console", "json", "html")  # of a verification
+# What is not for standard output, and the path that a message gives as an example.
+_FILES: dict[OutputKind, str] = {"html": "report.html", "png": "lab.png"}
 
 # Fields of the request that the verifier sets itself: changed from outside, answers would no longer be comparable.
 _RESERVED = {"model", "prompt", "messages", "stream", "logprobs", "top_logprobs", "n", "seed", "cache_salt"}
@@ -39,17 +42,18 @@ class OutputSpec(BaseModel):
     path: Path | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``kind=json,path=run.json``. Raises ValueError that says what is wrong."""
-        kind, separator, rest = text.partition(",")
+    def parse(cls, text: str, kinds: Sequence[OutputKind] = OUTPUT_KINDS) -> Self:
+        """Read ``kind=json,path=run.json``, with one of ``kinds``. Raises ValueError that says what is wrong."""
+        word, separator, rest = text.partition(",")
         path_key, _, path = rest.partition("=")
-        if not kind.startswith("kind=") or (separator and (path_key != "path" or not path)):
+        if not word.startswith("kind=") or (separator and (path_key != "path" or not path)):
             raise ValueError(f"{text!r} is not of the form kind=KIND,path=PATH")
-        kind = kind.removeprefix("kind=")
-        if kind not in OUTPUT_KINDS:
-            raise ValueError(f"{kind!r} is not a kind of output; choose one of {', '.join(OUTPUT_KINDS)}")
-        if not path and kind == "html":
-            raise ValueError("kind=html needs a path, for example kind=html,path=report.html")
+        name = word.removeprefix("kind=")
+        kind = next((kind for kind in kinds if kind == name), None)
+        if kind is None:
+            raise ValueError(f"{name!r} is not a kind of output; choose one of {', '.join(kinds)}")
+        if not path and kind in _FILES:
+            raise ValueError(f"{word} needs a path, for example {word},path={_FILES[kind]}")
         target = Path(path) if path else None
         if target is not None and target.is_dir():
             raise ValueError(f"{target} is a directory, not a file")
@@ -57,7 +61,7 @@ class OutputSpec(BaseModel):
             raise ValueError(f"the directory {target.parent} does not exist")
         if target is not None and not os.access(target if target.exists() else target.parent, os.W_OK):
             raise ValueError(f"there is no permission to write {target}")
-        return cls.model_validate({"kind": kind, "path": target})
+        return cls(kind=kind, path=target)
 
 
 class Settings(BaseModel):
