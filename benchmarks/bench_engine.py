@@ -1,23 +1,33 @@
 """Claim: on an H200, --enable-deterministic answers one request in at most 0.95 of the default's time and keeps 0.97 of
 its throughput and 0.98 of its prefill, with less than 256 MiB more memory and at most 60 s more to start.
 
-Runs each mode in a process of its own, one after the other, and compares medians. The floor is how far the default's
-own rounds lie apart. Run on an otherwise idle machine:
+The engines of all modes are on the device together, each in a process of its own, started one after the other, and run
+each probe in turns: in one round the default first, in the next last. So clocks and temperature are the same for both
+sides of a ratio. Medians are compared; the ratios of single rounds show how far they can be trusted, and the floor how
+far the default's own rounds lie apart. Bytes are compared in one round. On an otherwise idle machine, in 300 s:
 
-    python benchmarks/bench_engine.py --output benchmarks/results/engine_qwen3-8b.json [--profile]
+    python benchmarks/bench_engine.py --output benchmarks/results/engine_qwen3-8b.json
+
+Where a decode step's time goes, of one request and of 512, is listed by `--profile`, best with `--probes` and no probe.
 """
 
 import argparse
+import collections
+import contextlib
 import json
+import multiprocessing
+import os
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import engine_probes
+
+PROFILED_REQUESTS = (1, 512)
 
 
 def main() -> None:
@@ -30,79 +40,157 @@ def main() -> None:
     parser.add_argument(
         "--probes", nargs="*", choices=engine_probes.PROBES, default=list(engine_probes.PROBES), metavar="PROBE"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of all probes, as far as --limit-s allows")
-    parser.add_argument("--limit-s", type=float, default=200, help="of one mode, its start included")
-    parser.add_argument("--kv-gib", type=int, default=90, help="size of the KV cache")
-    parser.add_argument("--profile", action="store_true", help="also list the kernels of a decode step")
+    parser.add_argument("--rounds", type=int, default=3, help="of the probes that are timed, as far as time allows")
+    parser.add_argument("--limit-s", type=float, default=295, help="of the whole run")
+    parser.add_argument("--kv-gib", type=int, default=44, help="size of the KV cache of each mode")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a decode step first")
     parser.add_argument("--commit", default="unknown", help="that is measured, to be noted in the result")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--child", choices=engine_probes.MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        run_mode(args)
-        return
-    measured = {mode: start_mode(mode, args) for mode in args.modes}
-    result = {
-        "settings": {name: value for name, value in vars(args).items() if name not in ("child", "output")},
-        "summary": summarize(measured),
-        "modes": measured,
-    }
+    run = Run(args)
+    try:
+        run.start()
+        if args.profile:
+            run.profile()
+        run.measure()
+    finally:
+        run.end()
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    result = {"settings": settings, "summary": summarize(run.measured), "modes": run.measured}
     print(json.dumps(result["summary"], indent=1))
-    for mode, values in measured.items():
-        if "profile" in values:
-            print(f"\n{mode}\n{profile_table(values['profile'])}")
+    for mode, values in run.measured.items():
+        for profile in values.get("profiles", []):
+            print(f"\n{mode}, {profile['requests']} requests\n{profile_table(profile)}")
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def start_mode(mode: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure a mode in a process of its own; what it has measured when its time is over counts."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", mode, "--output", str(output)]
-        print(f"{mode}: starting", flush=True)
-        process = subprocess.Popen(command, env=engine_probes.environment(mode))
-        error = ""
-        try:
-            if process.wait(args.limit_s):
-                error = f"ended with status {process.returncode}"
-        except subprocess.TimeoutExpired:
+class Run:
+    """The processes of the modes, and what they have measured. The others go on without one that fails."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.deadline = time.monotonic() + args.limit_s
+        self.measured: dict[str, dict[str, Any]] = {}
+        self._processes: dict[str, tuple[multiprocessing.process.BaseProcess, Connection]] = {}
+
+    def start(self) -> None:
+        """Start the engines one after the other."""
+        context = multiprocessing.get_context("spawn")
+        for mode in self.args.modes:
+            print(f"{mode}: starting", flush=True)
+            here, there = context.Pipe()
+            before = device_bytes_used()
+            process = context.Process(target=run_mode, args=(there, mode, self.args))
+            process.start()
+            there.close()  # else its end would not be seen here
+            self._processes[mode] = process, here
+            self.measured[mode] = {}
+            if (started := self._answer(mode)) is not None:
+                self.measured[mode] |= started | {"device_bytes_used": device_bytes_used() - before}
+
+    def profile(self) -> None:
+        """Profile each mode's decode steps."""
+        for requests in PROFILED_REQUESTS:
+            for mode in list(self._processes):
+                if (found := self._ask(mode, ("profile", requests))) is not None:
+                    self.measured[mode].setdefault("profiles", []).append(found)
+
+    def measure(self) -> None:
+        """The timed probes in rounds, the others in the first; what would end too late is left out in all modes."""
+        took: dict[str, float] = {}
+        seen: dict[str, dict[str, set[str]]] = {mode: collections.defaultdict(set) for mode in self.measured}
+        for number in range(self.args.rounds):
+            for probe in self.args.probes:
+                begin = time.monotonic()
+                if (probe in engine_probes.ONCE and number) or begin + took.get(probe, 0.0) > self.deadline:
+                    continue
+                for mode in sorted(self._processes, key=self.args.modes.index, reverse=number % 2 == 1):
+                    found = self._ask(mode, ("measure", probe))
+                    if found is None:
+                        continue
+                    result = self.measured[mode]
+                    result["device_bytes_used"] += found["device_bytes"]
+                    for name, value in found["values"].items():
+                        result.setdefault("values", {}).setdefault(name, []).append(value)
+                    for name, outputs in found["outputs"].items():
+                        seen[mode][name] |= outputs
+                        result.setdefault("unique", {})[name] = len(seen[mode][name])
+                    print(f"{mode}: {probe} {found['values']}", flush=True)
+                took[probe] = time.monotonic() - begin
+
+    def end(self) -> None:
+        """End every process."""
+        for process, _ in self._processes.values():
             process.kill()
-            process.wait()
-            error = f"ended after {args.limit_s:.0f} s"
-        result: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-    return result | ({"error": error} if error else {})
+            process.join()
+
+    def _ask(self, mode: str, what: tuple[str, Any]) -> dict[str, Any] | None:
+        with contextlib.suppress(ConnectionError):  # it has ended: so says the answer
+            self._processes[mode][1].send(what)
+        return self._answer(mode)
+
+    def _answer(self, mode: str) -> dict[str, Any] | None:
+        """What the process of a mode sends next; None if it has ended, or is late and is ended."""
+        process, connection = self._processes[mode]
+        error = f"not done within {self.args.limit_s:.0f} s"
+        if connection.poll(max(0.0, self.deadline - time.monotonic())):
+            try:
+                answer: dict[str, Any] = connection.recv()
+            except (EOFError, ConnectionError):
+                process.join(10)
+                error = f"ended with status {process.exitcode}"
+            else:
+                return answer
+        process.kill()
+        process.join()
+        self.measured[mode]["error"] = error
+        del self._processes[mode]
+        return None
 
 
-def run_mode(args: argparse.Namespace) -> None:
-    """The process of one mode."""
-    # The profile, and writing down, take the last of the time.
-    deadline = time.monotonic() + args.limit_s - (25 if args.profile else 5)
-    engine = engine_probes.Engine(args.model, args.layers, args.child, args.kv_gib)
+def run_mode(connection: Connection, mode: str, args: argparse.Namespace) -> None:
+    """The process of one mode: start its engine, then do what is asked."""
+    variables = engine_probes.environment(mode)
+    os.environ.clear()
+    os.environ.update(variables)
+    engine = engine_probes.Engine(args.model, args.layers, mode, args.kv_gib)
     from gpu_timing import environment
 
-    result: dict[str, Any] = {"environment": environment(args.commit), "startup_s": engine.startup_s}
-    if args.profile:
-        result["profile"] = engine_probes.profile(engine)
-        args.output.write_text(json.dumps(result))
-    for measured in engine_probes.measure(engine, args.probes, args.rounds, deadline):
-        result |= measured
-        args.output.write_text(json.dumps(result))
-    print(json.dumps({name: value for name, value in result.items() if name != "profile"}), flush=True)
+    does: dict[str, Callable[[engine_probes.Engine, Any], dict[str, Any]]] = {
+        "measure": engine_probes.measure,
+        "profile": engine_probes.profile,
+    }
+    connection.send({"environment": environment(args.commit), "startup_s": engine.startup_s})
+    while True:
+        what, argument = connection.recv()
+        connection.send(does[what](engine, argument))
+
+
+def device_bytes_used() -> int:
+    """Bytes of the first visible device that are taken, by whomever."""
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", "-i", device, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
 
 
 def summarize(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Medians of each mode; against the default their ratio, and the floor: its lowest round by its highest."""
+    """Medians and ranges of each mode. Against the default: the ratio of medians, the range of the rounds' ratios, and
+    the floor, which is the default's lowest round by its highest."""
     default = measured.get("default", {})
     summary: dict[str, Any] = {}
     for mode, result in measured.items():
         for name, values in result.get("values", {}).items():
             row = summary.setdefault(name, {})
             row[mode] = statistics.median(values)
+            row[f"{mode} range"] = [min(values), max(values)]
             baseline = default.get("values", {}).get(name)
             if baseline and mode != "default":
+                ratios = [value / base for value, base in zip(values, baseline, strict=False)]
                 row[f"{mode} / default"] = row[mode] / statistics.median(baseline)
-                row["floor"] = min(baseline) / max(baseline)
+                row[f"{mode} / default range"] = [min(ratios), max(ratios)]
+                # One round says nothing about how far rounds lie apart.
+                row["floor"] = min(baseline) / max(baseline) if len(baseline) > 1 else None
         for name in ("startup_s", "device_bytes_used"):
             if name in result:
                 row = summary.setdefault(name, {})

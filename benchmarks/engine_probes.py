@@ -1,13 +1,13 @@
 """What ``bench_engine.py`` runs in a process of its own for each mode: a model of random weights, probes, a profile."""
 
-import collections
+import hashlib
 import json
 import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,16 @@ class Engine:
                 max_num_seqs=512,
                 # The same cache in every mode, so that what else is on the device can be compared.
                 kv_cache_memory_bytes=kv_gib << 30,
+                # What must be free at the start, beside the other modes' engines; the size of the cache is given.
+                gpu_memory_utilization=0.35,
                 seed=0,
                 **MODES[mode][1],
             )
         self.startup_s = time.perf_counter() - start
         self._random = random.Random(0)
         self.target = self.prompt(200)
+        # The target's pages stay in the prefix cache, so that no round is the first to fill them.
+        self.run([self.target] * 8, 16)
 
     def number(self, low: int, high: int) -> int:
         return self._random.randrange(low, high)
@@ -122,15 +126,21 @@ def one_request(engine: Engine) -> dict[str, Any]:
 
 
 def identical(engine: Engine) -> dict[str, Any]:
-    outputs, seconds = engine.run([engine.target] * 1000, 256)
-    return {"identical_s": seconds, "identical_outputs": [_record(output) for output in outputs]}
+    outputs, seconds = engine.run([engine.target] * 1000, 128)
+    return {"identical_s": seconds, "identical_tokens": [_record(output) for output in outputs]}
+
+
+def identical_logprobs(engine: Engine) -> dict[str, Any]:
+    """Untimed: logprobs cost a pass over the vocabulary for every row, and a record of every token."""
+    outputs, _ = engine.run([engine.target] * 1000, 64, logprobs=1)
+    return {"identical_logprobs": [_record(output) for output in outputs]}
 
 
 def mixed(engine: Engine) -> dict[str, Any]:
-    """The target among 1 to 300 strangers, one of which shares the beginning of its prompt."""
+    """The target among 1 to 200 strangers, one of which shares the beginning of its prompt."""
     records, total = [], 0.0
-    for strangers in (1, 5, 60, 300):
-        prompts = [engine.prompt(engine.number(4, 2500)) for _ in range(strangers)]
+    for strangers in (1, 5, 60, 200):
+        prompts = [engine.prompt(engine.number(4, 1600)) for _ in range(strangers)]
         place = engine.number(0, strangers + 1)
         prompts.insert(place, engine.target)
         beginning = engine.target["prompt_token_ids"][:130]
@@ -144,77 +154,67 @@ def mixed(engine: Engine) -> dict[str, Any]:
 
 
 def throughput(engine: Engine) -> dict[str, Any]:
-    prompts = [engine.prompt(engine.number(128, 1024)) for _ in range(512)]
-    return {"throughput_tok_s": 512 * 256 / engine.run(prompts, 256)[1]}
+    prompts = [engine.prompt(engine.number(128, 512)) for _ in range(512)]
+    return {"throughput_tok_s": 512 * 128 / engine.run(prompts, 128)[1]}
 
 
 def prefill(engine: Engine) -> dict[str, Any]:
-    return {"prefill_tok_s": 64 * 4096 / engine.run([engine.prompt(4096) for _ in range(64)], 1)[1]}
+    return {"prefill_tok_s": 32 * 4096 / engine.run([engine.prompt(4096) for _ in range(32)], 1)[1]}
 
 
 def long_context(engine: Engine) -> dict[str, Any]:
-    return {"long_context_s": engine.run([engine.prompt(6000) for _ in range(32)], 128)[1]}
+    return {"long_context_s": engine.run([engine.prompt(6000) for _ in range(16)], 128)[1]}
 
 
 PROBES: dict[str, Callable[[Engine], dict[str, Any]]] = {
     "one": one_request,
     "identical": identical,
-    "mixed": mixed,
     "throughput": throughput,
     "prefill": prefill,
     "long": long_context,
+    "logprobs": identical_logprobs,
+    "mixed": mixed,
 }
+# What is for its bytes first, and for its time at most besides.
+ONCE = ("logprobs", "mixed")
 
 
 def _record(output: Any) -> str:
-    """Token ids and logprobs, floats as they are."""
+    """A digest of token ids and logprobs, floats as they are."""
     choice = output.outputs[0]
     logprobs = [[(i, p.logprob.hex()) for i, p in sorted(step.items())] for step in choice.logprobs or []]
-    return json.dumps([list(choice.token_ids), logprobs])
+    return hashlib.sha256(json.dumps([list(choice.token_ids), logprobs]).encode()).hexdigest()
 
 
-def measure(engine: Engine, probes: list[str], rounds: int, deadline: float) -> Iterator[dict[str, Any]]:
-    """Every probe once a round; what is known so far, after each. A probe that would miss the deadline is left out."""
+def measure(engine: Engine, probe: str) -> dict[str, Any]:
+    """One run of a probe: values, different outputs, and bytes of the device that the process took meanwhile."""
     import torch
 
-    engine.run([engine.prompt(64)] * 8, 16)
-    values: dict[str, list[float]] = collections.defaultdict(list)
-    outputs: dict[str, set[str]] = collections.defaultdict(set)
-    took: dict[str, float] = {}
-    for probe in probes * rounds:
-        begin = time.monotonic()
-        if begin + took.get(probe, 0.0) > deadline:
-            continue
-        for name, value in PROBES[probe](engine).items():
-            if isinstance(value, list):
-                outputs[name].update(value)
-            else:
-                values[name].append(value)
-        took[probe] = time.monotonic() - begin
-        free, total = torch.cuda.mem_get_info()
-        yield {
-            "device_bytes_used": total - free,
-            "values": dict(values),
-            "unique": {name: len(records) for name, records in outputs.items()},
-        }
+    free = torch.cuda.mem_get_info()[0]
+    found = PROBES[probe](engine)
+    return {
+        "values": {name: value for name, value in found.items() if not isinstance(value, list)},
+        "outputs": {name: set(value) for name, value in found.items() if isinstance(value, list)},
+        "device_bytes": free - torch.cuda.mem_get_info()[0],
+    }
 
 
-def profile(engine: Engine) -> dict[str, Any]:
-    """Kernels of a decode step of one request: those of a long answer less those of an answer of one token."""
+def profile(engine: Engine, requests: int) -> dict[str, Any]:
+    """Kernels of a decode step of identical requests: those of long answers less those of answers of one token."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    def run(tokens: int) -> float:
+        return engine.run([engine.prompt(200)] * requests, tokens)[1]
+
     def kernels(tokens: int) -> dict[str, tuple[int, float]]:
         with profiler(activities=[ProfilerActivity.CUDA]) as recorded:
-            engine.run([engine.prompt(200)], tokens)
+            run(tokens)
         events = [event for event in recorded.key_averages() if event.self_device_time_total > 0]
         return {event.key: (event.count, event.self_device_time_total) for event in events}
 
-    def seconds(tokens: int) -> float:
-        return statistics.median(engine.run([engine.prompt(200)], tokens)[1] for _ in range(5))
-
-    seconds(1 + PROFILED_STEPS)
-    step_us = (seconds(1 + PROFILED_STEPS) - seconds(1)) / PROFILED_STEPS * 1e6
+    run(1 + PROFILED_STEPS)
+    many, one = (statistics.median(run(tokens) for _ in range(5)) for tokens in (1 + PROFILED_STEPS, 1))
     first, all_steps = kernels(1), kernels(1 + PROFILED_STEPS)
     rows = []
     for name, (count, us) in all_steps.items():
@@ -223,7 +223,12 @@ def profile(engine: Engine) -> dict[str, Any]:
         if row["count"] > 0:
             rows.append(row)
     rows.sort(key=lambda row: -row["us"])
-    return {"step_us": step_us, "kernels_us": sum(row["us"] for row in rows), "kernels": rows}
+    return {
+        "requests": requests,
+        "step_us": (many - one) / PROFILED_STEPS * 1e6,
+        "kernels_us": sum(row["us"] for row in rows),
+        "kernels": rows,
+    }
 
 
 def environment(mode: str) -> dict[str, str]:
