@@ -9,9 +9,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from vllm_deterministic.triton_kernels.cancelling_inputs import FAMILIES
+from vllm_deterministic.triton_kernels.cublaslt import Algorithm, cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
 from vllm_deterministic.triton_kernels.matmul import matmul
-from vllm_deterministic.triton_kernels.tiles import Tile, class_reference, tile_plan
+from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, class_reference, tile_plan
 
 from vllm_deterministic.certify.machine import cuda_device, identity
 from vllm_deterministic.certify.plan import certify_plan
@@ -24,6 +25,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QWEN3_8B = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096))
 
 
+def planned(dtype: torch.dtype, n: int, k: int, device: torch.device) -> TilePlan:
+    """The plan as a server makes it, with the library."""
+    return tile_plan(dtype, capability(device), n, k, cublaslt(device))
+
+
 def findings(verdict: PlanVerdict) -> list[str]:
     return [verdict.refusal] * bool(verdict.refusal) + [
         str(tile) for tile in verdict.tiles if tile.status != "in class"
@@ -33,25 +39,28 @@ def findings(verdict: PlanVerdict) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(2048, 2048), (1100, 1032), (77, 333)])
 def test_every_tile_of_the_table_is_in_class(dtype: torch.dtype, n: int, k: int, device: torch.device) -> None:
-    verdict = certify_plan(tile_plan(dtype, capability(device), n, k), dtype, device, every_m=k > 2000)
+    verdict = certify_plan(planned(dtype, n, k, device), dtype, device, every_m=k > 2000)
     assert findings(verdict) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fault_a_tile_splits_k(dtype: torch.dtype, device: torch.device) -> None:
     """One tile of the plan, and one M of another, cut K in two."""
-    plan = tile_plan(dtype, capability(device), 2048, 2048)
+    plan = planned(dtype, 2048, 2048, device)
 
-    def by_tile(x: torch.Tensor, w: torch.Tensor, *, tile: Tile, segments: int) -> torch.Tensor:
-        return matmul(x, w, tile=tile, segments=2 * segments if tile == plan.tiles[0] else segments)
+    faulty = {plan.tiles[0], plan.tiles[-1]}
 
-    def by_rows(x: torch.Tensor, w: torch.Tensor, *, tile: Tile, segments: int) -> torch.Tensor:
+    def by_tile(x: torch.Tensor, w: torch.Tensor, *, tile: Tile | Algorithm, segments: int) -> torch.Tensor:
+        return matmul(x, w, tile=tile, segments=2 * segments if tile in faulty else segments)
+
+    def by_rows(x: torch.Tensor, w: torch.Tensor, *, tile: Tile | Algorithm, segments: int) -> torch.Tensor:
         return matmul(x, w, tile=tile, segments=2 * segments if len(x) == 17 else segments)
 
-    # The reference is the only tile of fp32, and must not move with the one that is to differ from it.
-    if plan.tiles[0] != class_reference(dtype):
+    # The reference must not move with those that are to differ from it.
+    if class_reference(dtype) not in faulty:
+        assert dtype == torch.float32 or isinstance(plan.tiles[-1], Algorithm)
         verdict = certify_plan(plan, dtype, device, matmul=by_tile)
-        assert [tile.status for tile in verdict.tiles] == ["outside"] + ["in class"] * (len(plan.tiles) - 1)
+        assert [tile.status != "in class" for tile in verdict.tiles] == [tile in faulty for tile in plan.tiles]
     verdict = certify_plan(plan, dtype, device, matmul=by_rows)
     assert all(tile.status == "outside" and "M=17, " in tile.detail for tile in verdict.tiles), findings(verdict)
 
@@ -87,7 +96,7 @@ def test_a_model_is_certified_in_a_minute_and_read_back_in_two_seconds(tmp_path:
         plans = certified_plans(QWEN3_8B, torch.bfloat16, device, lines.append, cache_directory=tmp_path)
         took.append(time.perf_counter() - start)
         assert set(plans) == set(QWEN3_8B)
-        assert plans[6144, 4096] == tile_plan(torch.bfloat16, capability(device), 6144, 4096)
+        assert plans[6144, 4096] == planned(torch.bfloat16, 6144, 4096, device)
     print(f"certified in {took[0]:.1f} s, read back in {took[1]:.3f} s")
     assert took[0] < 60
     assert took[1] < 2
@@ -97,7 +106,7 @@ def test_a_model_is_certified_in_a_minute_and_read_back_in_two_seconds(tmp_path:
 def test_a_server_leaves_out_the_fault_and_refuses_without_a_tile(
     tmp_path: Path, device: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = tile_plan(torch.bfloat16, capability(device), 2048, 2048)
+    plan = planned(torch.bfloat16, 2048, 2048, device)
     faulty = {plan.tiles[0]}
 
     def planted(x: torch.Tensor, w: torch.Tensor, *, tile: Tile, segments: int) -> torch.Tensor:

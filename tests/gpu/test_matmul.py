@@ -19,6 +19,7 @@ from vllm_deterministic.triton_kernels import matmul as matmul_module
 from vllm_deterministic.triton_kernels import tiles
 from vllm_deterministic.triton_kernels.activation import silu_and_mul
 from vllm_deterministic.triton_kernels.cancelling_inputs import alternating_signs, normal
+from vllm_deterministic.triton_kernels.cublaslt import cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
 from vllm_deterministic.triton_kernels.matmul import batched_matmul, matmul
 from vllm_deterministic.triton_kernels.rms_norm import rms_norm
@@ -26,6 +27,7 @@ from vllm_deterministic.triton_kernels.rms_norm import rms_norm
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16)
+ROADS = ("tiles", "with the library")
 SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 1000, 4096, 8192)
 # One and two segments, odd sizes, and rows that are not aligned to 16 bytes.
 WIDE, TWO_SEGMENTS = (6144, 4096), (768, 4096)
@@ -214,12 +216,20 @@ def assert_close(
     assert bool((error <= factor * SUMMING[out.dtype] * magnitude).all()), f"error {float(error.max())}"
 
 
+def planned(n: int, k: int, dtype: torch.dtype, road: str, device: torch.device) -> tiles.TilePlan:
+    """The tiles alone, or with cuBLASLt where it is faster."""
+    library = cublaslt(device) if road == "with the library" else None
+    return tiles.tile_plan(dtype, capability(device), n, k, library)
+
+
+@pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_keep_their_bytes(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+def test_rows_keep_their_bytes(shape: tuple[int, int], dtype: torch.dtype, road: str, device: torch.device) -> None:
     x, w, expected = inputs(dtype, *shape)
     assert float((expected != 0).float().mean()) > 0.25, "the order of additions does not show"
-    assert differing(matmul, x, w, expected) == []
+    plan = planned(*shape, dtype, road, device)
+    assert differing(lambda x, w: matmul(x, w, plan=plan), x, w, expected) == []
 
 
 def test_planted_fault_is_seen(device: torch.device) -> None:
@@ -267,11 +277,13 @@ def test_overlapping_rows_and_more_dimensions(device: torch.device) -> None:
     assert same(matmul(x[:60].view(3, 20, -1).transpose(0, 1), w), expected[:60].view(3, 20, -1).transpose(0, 1))
 
 
+@pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("case", MARGIN_CASES, ids=lambda c: f"{c.n}x{c.k}-{c.m}-margin {c.margin}")
-def test_nothing_is_written_but_the_output(case: Case, device: torch.device) -> None:
+def test_nothing_is_written_but_the_output(case: Case, road: str, device: torch.device) -> None:
     x, w, expected = inputs(case.dtype, case.n, case.k)
+    plan = planned(case.n, case.k, case.dtype, road, device)
     buffer, inside = between_poison(case.m, case.n, case.margin, case.dtype, device)
-    assert matmul(x[: case.m], w, tile=case.tile, out=inside).data_ptr() == inside.data_ptr()
+    assert matmul(x[: case.m], w, plan=plan, tile=case.tile, out=inside).data_ptr() == inside.data_ptr()
     assert same(inside, expected[: case.m])
     inside.fill_(POISON)
     assert bool((buffer == POISON).all())
