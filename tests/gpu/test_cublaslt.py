@@ -1,6 +1,7 @@
 # ruff: noqa: E402 (torch comes with the extras alone)
 """Algorithms of cuBLASLt that are named and kept: in the class of the tiles, whatever M is."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,7 +52,8 @@ def test_what_the_library_suggests_is_in_class(
         for m in (1, 17, 129, 1000, MOST_ROWS):
             out = matmul(x[-m:], w, tile=algorithm, segments=segments)
             assert same_bytes(out, expected[-m:]), f"{algorithm} at {m} rows"
-    assert not same_bytes(matmul(x, w, tile=min(suggested), segments=3 - segments), expected)
+    if k % 512 == 0:
+        assert not same_bytes(matmul(x, w, tile=min(suggested), segments=3 - segments), expected)
 
 
 def test_one_algorithm_at_every_number_of_rows(library: CublasLt, device: torch.device) -> None:
@@ -81,32 +83,29 @@ def test_an_algorithm_that_the_library_does_not_know(library: CublasLt, device: 
         matmul(x, x, tile=Algorithm(9999, 0, 0, 0, 0, 0, 0))
 
 
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+
+
 @pytest.mark.parametrize(
     "changed",
     [
-        {"bias": torch.zeros(64).bfloat16()},
-        {"segments": 2},
-        {"x": torch.zeros(64, 65).bfloat16()[:, 1:]},
-        {"x": torch.zeros(64, 64).bfloat16().t()},
-        {"x": torch.zeros(1, 64).bfloat16().expand(64, 64)},
-        {"w": torch.zeros(64, 68).bfloat16()[:, :64]},
-        {"out": torch.zeros(64, 65).bfloat16()[:, :64]},
-        {"x": torch.zeros(64, 64), "w": torch.zeros(64, 64)},
+        {"bias": lambda: _zeros(64)},
+        {"segments": lambda: 2},
+        {"x": lambda: _zeros(64, 65)[:, 1:]},
+        {"x": lambda: _zeros(64 * 64 + 1)[1:].view(64, 64)},
+        {"x": lambda: _zeros(64, 64).t()},
+        {"x": lambda: _zeros(1, 64).expand(64, 64)},
+        {"w": lambda: _zeros(64, 68)[:, :64]},
+        {"out": lambda: _zeros(64, 65)[:, :64]},
+        {"x": lambda: _zeros(64, 64).float(), "w": lambda: _zeros(64, 64).float()},
     ],
     ids=lambda changed: ", ".join(changed),
 )
-def test_refuses_what_the_library_cannot_read(changed: dict[str, Any], library: CublasLt, device: torch.device) -> None:
+def test_refuses_what_the_library_cannot_read(changed: dict[str, Callable[[], Any]], library: CublasLt) -> None:
     algorithm = library.suggest(torch.bfloat16, 64, 64, 64, 1)[0]
-    arguments = {"x": torch.zeros(64, 64).bfloat16(), "w": torch.zeros(64, 64).bfloat16()} | changed
-    arguments = {
-        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-        if isinstance(x, torch.Tensor) and x.storage_offset() == 0
-        else x.to(device)
-        if isinstance(x, torch.Tensor)
-        else x
-        for name, x in arguments.items()
-    }
+    good = {"x": lambda: _zeros(64, 64), "w": lambda: _zeros(64, 64)}
+    arguments: dict[str, Any] = {name: make() for name, make in (good | changed).items()}
     with pytest.raises(ValueError, match="of cuBLASLt cannot multiply"):
         matmul(**arguments, tile=algorithm)
-    if "segments" not in changed:
-        matmul(**arguments)
+    matmul(**arguments)  # by a tile
