@@ -7,14 +7,24 @@ import typer
 from pydantic import ValidationError
 
 from vllm_deterministic.report import json
-from vllm_deterministic.report.write import write_reports
-from vllm_deterministic.verify.settings import OutputSpec
+from vllm_deterministic.report.pair import Pair, names_of
+from vllm_deterministic.report.write import PAIR_KINDS, write_pair, write_reports
+from vllm_deterministic.verify.record import RunRecord
+from vllm_deterministic.verify.settings import OUTPUT_KINDS, OutputSpec
 
 
 def report_command(
     record: Annotated[
         Path, typer.Argument(help="A run record, as verify writes it with --output kind=json,path=FILE.")
     ],
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help=f"A second run record, to be shown beside the first: {', '.join(PAIR_KINDS)}. "
+            "Ratios are of the second to the first.",
+        ),
+    ] = None,
     output: Annotated[
         list[str] | None,
         typer.Option(
@@ -24,19 +34,29 @@ def report_command(
         ),
     ] = None,
 ) -> None:
-    """Make reports from a run record."""
+    """Make reports from a run record, or from two of them side by side."""
+    kinds = OUTPUT_KINDS if compare is None else PAIR_KINDS
     try:
-        run = json.load(record.read_text(encoding="utf-8"))
-    except OSError as error:
-        _fail(f"cannot read {record}: {error.strerror}")
-    except (ValidationError, UnicodeDecodeError):
-        _fail(f"{record} is no run record of schema version 1; make one with verify --output kind=json,path=FILE")
-    try:
-        write_reports(run, [OutputSpec.parse(text) for text in output or ["kind=console"]])
+        outputs = [OutputSpec.parse(text, kinds) for text in output or ["kind=console"]]
     except ValueError as error:
         _fail(f"--output: {error}")
+    run = _load(record)
+    try:
+        if compare is None:
+            write_reports(run, outputs)
+        else:
+            write_pair(Pair(run, _load(compare), names_of(record, compare)), outputs)
     except OSError as error:
         _fail(f"--output: cannot write {error.filename}: {error.strerror}")
+
+
+def _load(path: Path) -> RunRecord:
+    try:
+        return json.load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        _fail(f"cannot read {path}: {error.strerror}")
+    except (ValidationError, UnicodeDecodeError):
+        _fail(f"{path} is no run record of schema version 1; make one with verify --output kind=json,path=FILE")
 
 
 def _fail(message: str) -> NoReturn:

@@ -13,7 +13,7 @@ from vllm_deterministic.report.write import write_reports
 from vllm_deterministic.verify.progress import choose_progress
 from vllm_deterministic.verify.record import EXIT_CODES, RunRecord
 from vllm_deterministic.verify.run import verify
-from vllm_deterministic.verify.settings import ARMS, OutputSpec, Settings, explain
+from vllm_deterministic.verify.settings import ARMS, OUTPUT_KINDS, OutputSpec, Settings, explain
 
 _LISTS = ("--arms", "--metadata", "--output", "--shapes")
 _DEFAULT = Settings(base_url="http://127.0.0.1:8000")
@@ -104,8 +104,8 @@ def verify_command(
         list[str] | None,
         typer.Option(
             metavar="kind=KIND,path=FILE",
-            help="Reports to write: kind=console, kind=json,path=FILE or kind=html,path=FILE; console and json go to "
-            "standard output without a path. Repeatable.",
+            help=f"Reports to write, each of kind {', '.join(OUTPUT_KINDS)}; html needs a path, the others go to "
+            "standard output without one. Repeatable.",
             show_default="kind=console",
         ),
     ] = None,

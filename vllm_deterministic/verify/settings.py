@@ -21,9 +21,9 @@ from pydantic import (
 )
 
 ArmName = Literal["identical", "mixed", "prefix", "sampled"]
-OutputKind = Literal["console", "json", "html", "png"]
+OutputKind = Literal["console", "json", "html", "junit", "markdown", "png"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
-OUTPUT_KINDS: tuple[OutputKind, ...] = ("console", "json", "html")  # of a verification
+OUTPUT_KINDS: tuple[OutputKind, ...] = ("console", "json", "html", "junit", "markdown")  # of a verification
 # What is not for standard output, and the path that a message gives as an example.
 _FILES: dict[OutputKind, str] = {"html": "report.html", "png": "lab.png"}
 
