@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu lint venv clean
+.PHONY: help demo test test-fast test-browser test-gpu lint venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,13 @@ test: lint ## lint, types and every test, those that start a real server include
 
 test-fast: lint ## the same without the tests that start a real server
 	@$(BIN)/python -m pytest -m "not e2e"
+
+# `make test` skips these, and says so, where there is no Chromium.
+test-browser: $(INSTALLED) ## pages in headless Chromium; installs it from Debian's packages where it is missing
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ apt-get update --quiet --quiet && apt-get install --quiet --quiet --yes chromium chromium-driver; } >&2 || \
+		{ echo "chromium and chromedriver are needed, and apt-get could not install them" >&2; exit 1; }
+	@$(BIN)/python -m pytest tests/browser
 
 # There is no .venv for GPUs: CUDA builds of torch and vllm are the user's. -P: the package is the installed one.
 test-gpu: ## what needs an NVIDIA GPU, with the python3 that has '.[cuda,dev]' installed, about 4 minutes
