@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-browser test-gpu lint venv clean
+.PHONY: help demo test test-fast test-browser test-gpu test-sanitizer lint venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test-browser: $(INSTALLED) ## pages in headless Chromium; installs it from Debia
 # There is no .venv for GPUs: CUDA builds of torch and vllm are the user's. -P: the package is the installed one.
 test-gpu: ## what needs an NVIDIA GPU, with the python3 that has '.[cuda,dev]' installed, about 4 minutes
 	@$(PYTHON) -P -m pytest tests/gpu
+
+test-sanitizer: ## every kernel under NVIDIA's compute-sanitizer, and a planted fault that it must see; GPU, minutes
+	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PYTHON) -P tests/gpu/sanitize.py
+	@! PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PYTHON) -P tests/gpu/sanitize.py --plant
 
 lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -29,7 +29,7 @@ from matmul_shapes import M_VALUES, shapes
 from vllm_deterministic.triton_kernels import matmul as matmul_module
 from vllm_deterministic.triton_kernels.cublaslt import cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
-from vllm_deterministic.triton_kernels.tiles import tile_plan
+from vllm_deterministic.triton_kernels.tile_table import tile_plan
 
 WEIGHT_BYTES = 130_000_000
 LEAST_RATIO = 0.90

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from matmul_candidates import TUNED_M
-from vllm_deterministic.triton_kernels.tiles import Tile, TileTable, segments
+from vllm_deterministic.triton_kernels.tile_table import TileTable
+from vllm_deterministic.triton_kernels.tiles import Tile, segments
 
 # M = 1 and 16 share their tile: fewer rows than the matrix unit takes cost the same.
 STEPS = tuple(m for m in TUNED_M if m > 1)

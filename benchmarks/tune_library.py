@@ -21,7 +21,8 @@ from vllm_deterministic.triton_kernels import matmul as matmul_module
 from vllm_deterministic.triton_kernels.bit_class import mirrored, same_bytes
 from vllm_deterministic.triton_kernels.cublaslt import Algorithm, CublasLt, cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
-from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, class_reference, tile_plan
+from vllm_deterministic.triton_kernels.tile_table import tile_plan
+from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, class_reference
 
 # An algorithm's tile wastes what M leaves of its last row of tiles, so that ranges are as narrow as tiles are high.
 LAST_M = (

@@ -7,11 +7,11 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tiles
 from .cublaslt import Algorithm, allows, cublaslt
 from .launch import capability, check_device, programmatic_launch
 from .matmul_kernel import fold_kernel, matmul_kernel
-from .tiles import Tile
+from .tile_table import surveyed, tile_plan
+from .tiles import SEGMENT_MULTIPLE, Tile, TilePlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What a grid takes along its second axis.
@@ -23,7 +23,7 @@ def matmul(
     w: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    plan: tiles.TilePlan | None = None,
+    plan: TilePlan | None = None,
     tile: Tile | Algorithm | None = None,
     segments: int | None = None,
     out: torch.Tensor | None = None,
@@ -100,19 +100,19 @@ def batched_matmul(a: torch.Tensor, b: torch.Tensor, *, tile: Tile | None = None
     n = b.shape[2]
     out = torch.empty(batch, m, n, dtype=a.dtype, device=a.device)
     if out.numel():
-        tile = _plan(a.dtype, a.device, n, k).tile(m) if tile is None else tile
+        plan = _plan(a.dtype, a.device, n, k)
         for part in (slice(start, start + _MOST_BATCHES) for start in range(0, batch, _MOST_BATCHES)):
-            _launch(a[part], b[part].transpose(1, 2), None, out[part], tile, tiles.segments(n, k))
+            _launch(a[part], b[part].transpose(1, 2), None, out[part], tile or plan.tile(m), plan.segments)
     return out
 
 
 @functools.cache
-def _plan(dtype: torch.dtype, device: torch.device, n: int, k: int) -> tiles.TilePlan:
+def _plan(dtype: torch.dtype, device: torch.device, n: int, k: int) -> TilePlan:
     """The plan of a product that nobody certified: with the library only where all of it was found in class."""
     library = cublaslt(device)
-    if library and not tiles.surveyed(capability(device), library):
+    if library and not surveyed(capability(device), library):
         library = None
-    return tiles.tile_plan(dtype, capability(device), n, k, library)
+    return tile_plan(dtype, capability(device), n, k, library)
 
 
 def _check(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, names: tuple[str, str] = ("x", "w")) -> None:
@@ -207,7 +207,7 @@ def _weight_descriptor(w: torch.Tensor, rows: int, columns: int, k_major: bool) 
 
 def _segment_k(k: int, segments: int) -> int:
     """Columns of a segment: a multiple of every tile's BLOCK_K, so that no tile reaches across a boundary."""
-    return max(1, triton.cdiv(triton.cdiv(k, segments), tiles.SEGMENT_MULTIPLE)) * tiles.SEGMENT_MULTIPLE
+    return max(1, triton.cdiv(triton.cdiv(k, segments), SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE
 
 
 def _allows_library(

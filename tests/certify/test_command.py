@@ -21,7 +21,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """A machine on which the first tile of a shape is outside the class, if `outside` holds that shape."""
     pytest.importorskip("torch")
     pytest.importorskip("triton")
-    from vllm_deterministic.triton_kernels.tiles import tile_plan
+    from vllm_deterministic.triton_kernels.tile_table import tile_plan
 
     from vllm_deterministic.certify import machine, plans
     from vllm_deterministic.certify.verdict import PlanVerdict, TileVerdict

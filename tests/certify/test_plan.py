@@ -8,7 +8,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from vllm_deterministic.triton_kernels.matmul import matmul
-from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, class_reference, tile_plan
+from vllm_deterministic.triton_kernels.tile_table import tile_plan
+from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, class_reference
 
 from vllm_deterministic.certify.plan import ROWS, certify_plan, tried_columns, tried_rows
 from vllm_deterministic.certify.verdict import PlanVerdict

@@ -12,7 +12,8 @@ from vllm_deterministic.triton_kernels.cancelling_inputs import FAMILIES
 from vllm_deterministic.triton_kernels.cublaslt import Algorithm, cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
 from vllm_deterministic.triton_kernels.matmul import matmul
-from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, class_reference, tile_plan
+from vllm_deterministic.triton_kernels.tile_table import tile_plan
+from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, class_reference
 
 from vllm_deterministic.certify.machine import cuda_device, identity
 from vllm_deterministic.certify.plan import certify_plan

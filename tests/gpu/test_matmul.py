@@ -23,6 +23,7 @@ from vllm_deterministic.triton_kernels.cublaslt import cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
 from vllm_deterministic.triton_kernels.matmul import batched_matmul, matmul
 from vllm_deterministic.triton_kernels.rms_norm import rms_norm
+from vllm_deterministic.triton_kernels.tile_table import tile_plan
 
 pytestmark = pytest.mark.gpu
 
@@ -87,7 +88,7 @@ class Case:
 
     def planned(self, device: torch.device) -> tiles.Tile:
         """The tile of the case, or what the table says."""
-        plan = tiles.tile_plan(self.dtype, capability(device), self.n, self.k)
+        plan = tile_plan(self.dtype, capability(device), self.n, self.k)
         return plan.tile(self.m) if self.tile is None else self.tile
 
     def call(self, device: torch.device) -> None:
@@ -219,7 +220,7 @@ def assert_close(
 def planned(n: int, k: int, dtype: torch.dtype, road: str, device: torch.device) -> tiles.TilePlan:
     """The tiles alone, or with cuBLASLt where it is faster."""
     library = cublaslt(device) if road == "with the library" else None
-    return tiles.tile_plan(dtype, capability(device), n, k, library)
+    return tile_plan(dtype, capability(device), n, k, library)
 
 
 @pytest.mark.parametrize("road", ROADS)

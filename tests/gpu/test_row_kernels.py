@@ -50,18 +50,18 @@ class Op:
         return result if isinstance(result, tuple) else (result,)
 
 
-HIDDEN = (128, 1, 17, 1024, 4096, 5120, 16384, 32768)
-VOCABULARY = (151936, 128, 16384, 32003)
+HIDDEN = (128, 1, 17, 1024, 2880, 4096, 5120, 16384, 32768)
+VOCABULARY = (151936, 128, 14336, 16384, 32003)
 OPS = (
     Op("rms_norm", HIDDEN, lambda x, w: rms_norm(x, w, EPSILON)),
     Op("gemma_rms_norm", (4096,), lambda x, w: rms_norm(x, w, EPSILON, weight_offset=1.0)),
     Op("fused_add_rms_norm", HIDDEN, lambda x, w: fused_add_rms_norm(x, x, w, EPSILON)),
-    Op("layer_norm", (4096, 128, 1024, 32768), lambda x, w: layer_norm(x, w, w, EPSILON)),
+    Op("layer_norm", (4096, 128, 1024, 5120, 32768), lambda x, w: layer_norm(x, w, w, EPSILON)),
     Op("silu_and_mul", (28672, 34, 256, 6144), lambda x, w: silu_and_mul(x)),
     Op("gelu_and_mul", (28672,), lambda x, w: gelu_and_mul(x)),
     Op("gelu_tanh", (4096,), lambda x, w: gelu(x, "tanh")),
     Op("quick_gelu", (4096,), lambda x, w: quick_gelu(x)),
-    Op("mean", (4096, 151936), lambda x, w: mean(x, -1), 1000),
+    Op("mean", (4096, 5120, 151936), lambda x, w: mean(x, -1), 1000),
     Op("softmax", VOCABULARY, lambda x, w: softmax(x), 1000),
     Op("log_softmax", VOCABULARY, lambda x, w: log_softmax(x), 1000),
     Op("top_p_mass", VOCABULARY[:2], lambda x, w: top_p_mass(x.float().softmax(-1)), 256),

@@ -12,21 +12,14 @@ torch = pytest.importorskip("torch")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_deterministic.triton_kernels import tiles
+from vllm_deterministic.triton_kernels import tile_table
 from vllm_deterministic.triton_kernels.cublaslt import Algorithm
-from vllm_deterministic.triton_kernels.tiles import (
-    SEGMENT_MULTIPLE,
-    AlgorithmTable,
-    Tile,
-    TilePlan,
-    TileTable,
-    segments,
-    tile_plan,
-)
+from vllm_deterministic.triton_kernels.tile_table import AlgorithmTable, TileTable, tile_plan
+from vllm_deterministic.triton_kernels.tiles import SEGMENT_MULTIPLE, Tile, TilePlan, segments
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CAPABILITIES = ((0, 0), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
-FOLDER = Path(tiles.__file__).parent
+FOLDER = Path(tile_table.__file__).parent
 TABLES = sorted((FOLDER / "tile_tables").glob("*.json"))
 TILE_TABLES = [path for path in TABLES if not path.stem.endswith("_cublaslt")]
 ALGORITHM_TABLES = [path for path in TABLES if path.stem.endswith("_cublaslt")]
@@ -200,6 +193,7 @@ def test_dropped_algorithms_give_way_to_tiles() -> None:
 
 def test_the_version_follows_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
+        "tile_table.py",
         "tiles.py",
         "cublaslt.py",
         "matmul.py",
@@ -208,17 +202,17 @@ def test_the_version_follows_every_byte(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
     def version() -> str:
-        return str(runpy.run_module("copied.tiles")["TABLE_VERSION"])
+        return str(runpy.run_module("copied.tile_table")["TABLE_VERSION"])
 
     monkeypatch.syspath_prepend(tmp_path)
     folder = tmp_path / "copied"
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(FOLDER / name, folder / name)
-    assert version() == tiles.TABLE_VERSION
+    assert version() == tile_table.TABLE_VERSION
     for name in names:
         with (folder / name).open("a") as file:
             file.write(" " if name.endswith("json") else "#")
         changed = version()
-        assert changed != tiles.TABLE_VERSION, name
+        assert changed != tile_table.TABLE_VERSION, name
         shutil.copy(FOLDER / name, folder / name)

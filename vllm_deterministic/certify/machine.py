@@ -6,7 +6,7 @@ import torch
 import triton
 
 from vllm_deterministic import __version__
-from vllm_deterministic.triton_kernels import tiles
+from vllm_deterministic.triton_kernels import tile_table
 from vllm_deterministic.triton_kernels.cublaslt import cublaslt
 from vllm_deterministic.triton_kernels.launch import MINIMUM_CAPABILITY, capability
 
@@ -35,7 +35,7 @@ def identity(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cublaslt": str(library.version) if library else "absent",
-        "tiles": tiles.TABLE_VERSION,
+        "tiles": tile_table.TABLE_VERSION,
         "vllm-deterministic": __version__,
     }
 

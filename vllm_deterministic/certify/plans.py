@@ -14,7 +14,8 @@ from vllm_deterministic.triton_kernels import matmul as kernel
 from vllm_deterministic.triton_kernels.cancelling_inputs import FAMILIES
 from vllm_deterministic.triton_kernels.cublaslt import Algorithm, cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
-from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan, tile_plan
+from vllm_deterministic.triton_kernels.tile_table import tile_plan
+from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan
 
 from .cache import VerdictCache
 from .machine import identity
