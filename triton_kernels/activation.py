@@ -3,10 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import programmatic_launch
-from .rows import as_rows, check_floats, row_offset
+from .rows import as_rows, begin, check_floats, fullest, launch_options, row_offset
 
 _ELEMENTS = 2048
 _WARPS = 4
@@ -42,15 +40,14 @@ def _activation_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     parts: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
     row = (tl.program_id(0) // parts * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < num_rows) & (column < width)
     x_ptrs = x_ptr + row_offset(row, x_stride, width) + column
-    result = _activate(tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32), FORMULA)
+    # Past the end 1, not 0: the division of zero takes a slow road, and all threads of a warp take it together.
+    result = _activate(tl.load(x_ptrs, mask=inside, other=1.0).to(tl.float32), FORMULA)
     if GATED:
         up = tl.load(x_ptrs + width, mask=inside, other=0.0).to(tl.float32)
         result = result.to(x_ptr.dtype.element_ty).to(tl.float32) * up
@@ -128,8 +125,8 @@ def _launch(x: torch.Tensor, formula: str, gated: bool) -> torch.Tensor:
     num_rows = rows.shape[0]
     if num_rows == 0:
         return out
-    columns = min(triton.next_power_of_2(width), _ELEMENTS)
-    pdl = programmatic_launch(x)
+    columns = fullest(width, _ELEMENTS, _ELEMENTS // 2, _ELEMENTS // 4)
+    columns = min(columns, triton.next_power_of_2(width))
     _activation_kernel[(triton.cdiv(num_rows, _ELEMENTS // columns) * triton.cdiv(width, columns),)](
         rows,
         out,
@@ -140,9 +137,6 @@ def _launch(x: torch.Tensor, formula: str, gated: bool) -> torch.Tensor:
         gated,
         _ELEMENTS // columns,
         columns,
-        PDL=pdl,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-        launch_pdl=pdl,
+        **launch_options(x, _WARPS),
     )
     return out

@@ -3,10 +3,18 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import programmatic_launch
-from .rows import WIDEST, as_rows, check_floats, check_vector, row_offset, row_tile
+from .rows import (
+    WIDEST,
+    as_rows,
+    begin,
+    check_floats,
+    check_vector,
+    divide_by_width,
+    launch_options,
+    row_offset,
+    row_tile,
+)
 
 
 @triton.jit(do_not_specialize=["x_stride", "num_rows"])
@@ -23,26 +31,37 @@ def _layer_norm_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    column = tl.arange(0, COLUMNS)[None, :]
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    if w_ptr is not None:
-        w = tl.load(w_ptr + column, mask=column < width, other=0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=column < width, other=0.0)
+    begin(PDL)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = (row < num_rows) & (column < width)
-    x = tl.load(x_ptr + row_offset(row, x_stride, width) + column, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.div_rn(tl.sum(x, axis=1), width * 1.0)[:, None]
-    x = tl.where(column < width, x - mean, 0.0)
-    variance = tl.div_rn(tl.sum(x * x, axis=1), width * 1.0)[:, None]
-    x = x * tl.rsqrt(variance + epsilon)
-    if w_ptr is not None:
-        x = x * w.to(tl.float32)
-    if bias_ptr is not None:
-        x = x + bias.to(tl.float32)
-    tl.store(out_ptr + row_offset(row, width, width) + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+    x_row, out_row = row_offset(row, x_stride, width), row_offset(row, width, width)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    chunks = ()
+    for start in tl.static_range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        inside = (row < num_rows) & (column < width)
+        x = tl.load(x_ptr + x_row + column, mask=inside, other=0.0).to(tl.float32)
+        total += x
+        chunks += (x,)
+    mean = divide_by_width(tl.sum(total, axis=1), width)[:, None]
+    squares = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in tl.static_range(0, width, COLUMNS):
+        x = tl.where(start + tl.arange(0, COLUMNS)[None, :] < width, chunks[start // COLUMNS] - mean, 0.0)
+        squares += x * x
+    factor = tl.rsqrt(divide_by_width(tl.sum(squares, axis=1), width) + epsilon)[:, None]
+    # Weights are read late: held from the start, they would take the registers of another program. All of them are read
+    # before the first store: a load behind a store waits for it.
+    outs = ()
+    for start in tl.static_range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        x = (chunks[start // COLUMNS] - mean) * factor
+        if w_ptr is not None:
+            x = x * tl.load(w_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            x = x + tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        outs += (x.to(out_ptr.dtype.element_ty),)
+    for start in tl.static_range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        tl.store(out_ptr + out_row + column, outs[start // COLUMNS], mask=(row < num_rows) & (column < width))
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, epsilon: float) -> torch.Tensor:
@@ -79,7 +98,6 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
     if num_rows == 0:
         return out
     tile = row_tile(width)
-    pdl = programmatic_launch(x)
     _layer_norm_kernel[(triton.cdiv(num_rows, tile.rows),)](
         rows,
         weight,
@@ -91,9 +109,6 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
         width,
         tile.rows,
         tile.columns,
-        PDL=pdl,
-        num_warps=tile.warps,
-        enable_fp_fusion=False,
-        launch_pdl=pdl,
+        **launch_options(x, tile.warps),
     )
     return out

@@ -3,13 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import programmatic_launch
-from .rows import as_rows, check_floats, row_offset, row_tile
-
-# Longer rows are walked in steps of this many elements.
-_LONGEST = 16384
+from .rows import as_rows, begin, check_floats, divide_by_width, launch_options, row_offset, row_tile
 
 
 @triton.jit(do_not_specialize=["x_stride", "num_rows"])
@@ -23,17 +18,16 @@ def _mean_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
     x_ptrs = x_ptr + row_offset(row[:, None], x_stride, width) + column
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for start in range(0, width, COLUMNS):
+    # Eight loads are under way at a time.
+    for start in tl.range(0, width, COLUMNS, loop_unroll_factor=8):
         inside = (row[:, None] < num_rows) & (start + column < width)
         total += tl.load(x_ptrs + start, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.div_rn(tl.sum(total, axis=1), width * 1.0)
+    mean = divide_by_width(tl.sum(total, axis=1), width)
     tl.store(out_ptr + row, mean.to(out_ptr.dtype.element_ty), mask=row < num_rows)
 
 
@@ -63,8 +57,7 @@ def mean(x: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
     rows = as_rows(last, width)
     num_rows = rows.shape[0]
     if num_rows:
-        tile = row_tile(min(width, _LONGEST))
-        pdl = programmatic_launch(x)
+        tile = row_tile(width)
         _mean_kernel[(triton.cdiv(num_rows, tile.rows),)](
             rows,
             out,
@@ -73,9 +66,6 @@ def mean(x: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
             width,
             tile.rows,
             tile.columns,
-            PDL=pdl,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
-            launch_pdl=pdl,
+            **launch_options(x, tile.warps),
         )
     return out.unsqueeze(dim) if keepdim else out

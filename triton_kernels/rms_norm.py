@@ -3,16 +3,24 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import programmatic_launch
-from .rows import WIDEST, as_rows, check_floats, check_vector, row_offset, row_tile
+from .rows import (
+    WIDEST,
+    as_rows,
+    begin,
+    check_floats,
+    check_vector,
+    divide_by_width,
+    launch_options,
+    row_offset,
+    row_tile,
+)
 
 
 @triton.jit
-def reciprocal_rms(x, epsilon, width: tl.constexpr):
-    """``1 / sqrt(mean(x^2) + epsilon)`` of each row of an fp32 tile ``[rows, columns]``, zero past ``width``."""
-    return tl.rsqrt(tl.div_rn(tl.sum(x * x, axis=1), width * 1.0) + epsilon)[:, None]
+def reciprocal_rms(squares, epsilon, width: tl.constexpr):
+    """``1 / sqrt(sum(squares) / width + epsilon)`` of each row of an fp32 tile ``[rows, columns]``."""
+    return tl.rsqrt(divide_by_width(tl.sum(squares, axis=1), width) + epsilon)[:, None]
 
 
 @triton.jit
@@ -41,24 +49,34 @@ def _rms_norm_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    column = tl.arange(0, COLUMNS)[None, :]
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    if w_ptr is not None:
-        w = tl.load(w_ptr + column, mask=column < width, other=0.0)
+    begin(PDL)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = (row < num_rows) & (column < width)
-    out_offset = row_offset(row, width, width) + column
-    x = tl.load(x_ptr + row_offset(row, x_stride, width) + column, mask=inside, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        residual_offset = row_offset(row, residual_stride, width) + column
-        x += tl.load(residual_ptr + residual_offset, mask=inside, other=0.0).to(tl.float32)
-        tl.store(total_ptr + out_offset, x.to(total_ptr.dtype.element_ty), mask=inside)
-    x = x * reciprocal_rms(x, epsilon, width)
-    if w_ptr is not None:
-        x = scale(x, w, weight_offset)
-    tl.store(out_ptr + out_offset, x.to(out_ptr.dtype.element_ty), mask=inside)
+    x_row, out_row = row_offset(row, x_stride, width), row_offset(row, width, width)
+    residual_row = row_offset(row, residual_stride, width)
+    squares = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    chunks, weights = (), ()
+    for start in tl.static_range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        inside = (row < num_rows) & (column < width)
+        x = tl.load(x_ptr + x_row + column, mask=inside, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            x += tl.load(residual_ptr + residual_row + column, mask=inside, other=0.0).to(tl.float32)
+        if w_ptr is not None:
+            weights += (tl.load(w_ptr + column, mask=column < width, other=0.0),)
+        squares += x * x
+        chunks += (x,)
+    factor = reciprocal_rms(squares, epsilon, width)
+    for start in tl.static_range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        inside = (row < num_rows) & (column < width)
+        x = chunks[start // COLUMNS]
+        # Not before: a load behind a store waits for it.
+        if residual_ptr is not None:
+            tl.store(total_ptr + out_row + column, x.to(total_ptr.dtype.element_ty), mask=inside)
+        x = x * factor
+        if w_ptr is not None:
+            x = scale(x, weights[start // COLUMNS], weight_offset)
+        tl.store(out_ptr + out_row + column, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_norm(
@@ -134,7 +152,6 @@ def _normalize(
     if num_rows == 0:
         return out, total
     tile = row_tile(width)
-    pdl = programmatic_launch(x)
     _rms_norm_kernel[(triton.cdiv(num_rows, tile.rows),)](
         rows,
         residuals,
@@ -149,9 +166,6 @@ def _normalize(
         weight_offset,
         tile.rows,
         tile.columns,
-        PDL=pdl,
-        num_warps=tile.warps,
-        enable_fp_fusion=False,
-        launch_pdl=pdl,
+        **launch_options(x, tile.warps),
     )
     return out, total

@@ -3,21 +3,19 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import check_device, programmatic_launch
+from .launch import check_device
 from .rms_norm import reciprocal_rms, scale
-from .rows import FLOATS, as_rows, check_floats, check_vector, row_offset, row_tile
+from .rows import FLOATS, as_rows, begin, check_floats, check_vector, launch_options, row_offset, row_tile
 
 
 @triton.jit
-def _read(x_ptr, w_ptr, head, column, inside, factor, head_size: tl.constexpr):
+def _normalize(x, w, factor):
     """Elements of some heads as fp32, normalized and rounded where there is a weight."""
-    x = tl.load(x_ptr + head * head_size + column, mask=inside, other=0.0)
-    if w_ptr is not None:
-        w = tl.load(w_ptr + column, mask=column < head_size, other=0.0)
-        x = scale(x.to(tl.float32) * factor, w, 0.0).to(x_ptr.dtype.element_ty)
-    return x.to(tl.float32)
+    if w is None:
+        return x.to(tl.float32)
+    else:
+        return scale(x.to(tl.float32) * factor, w, 0.0).to(x.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -36,38 +34,58 @@ def _rotate(
     COLUMNS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Normalize and rotate up to ``HEADS`` heads of one token."""
+    """Normalize and rotate up to ``HEADS`` heads of one token.
+
+    All is loaded before anything is computed, the angles last: a load must bring their address.
+    """
     half: tl.constexpr = rotary_dim // 2
     head = (first_head + tl.arange(0, HEADS))[:, None]
-    factor = 1.0
-    if w_ptr is not None:
-        # The tile of rms_norm, so that the sum of squares has its order.
-        column = tl.arange(0, COLUMNS)[None, :]
-        inside = (head < num_heads) & (column < head_size)
-        x = tl.load(x_ptr + head * head_size + column, mask=inside, other=0.0).to(tl.float32)
-        factor = reciprocal_rms(x, epsilon, head_size)
+    x_ptrs = x_ptr + head * head_size
+    out_ptrs = out_ptr + head * head_size
     pair = tl.arange(0, PAIRS)[None, :]
-    cos = tl.load(cos_sin_ptr + pair, mask=pair < half, other=0.0).to(tl.float32)
-    sin = tl.load(cos_sin_ptr + half + pair, mask=pair < half, other=0.0).to(tl.float32)
     if NEOX:
         inside = (head < num_heads) & (pair < half)
-        first = _read(x_ptr, w_ptr, head, pair, inside, factor, head_size)
-        second = _read(x_ptr, w_ptr, head, half + pair, inside, factor, head_size)
-        out_ptrs = out_ptr + head * head_size + pair
-        tl.store(out_ptrs, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(out_ptrs + half, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
+        first = tl.load(x_ptrs + pair, mask=inside, other=0.0)
+        second = tl.load(x_ptrs + half + pair, mask=inside, other=0.0)
+        first_w = None if w_ptr is None else tl.load(w_ptr + pair, mask=pair < half, other=0.0)
+        second_w = None if w_ptr is None else tl.load(w_ptr + half + pair, mask=pair < half, other=0.0)
     else:
         column = tl.arange(0, 2 * PAIRS)[None, :]
         inside = (head < num_heads) & (column < rotary_dim)
-        x = _read(x_ptr, w_ptr, head, column, inside, factor, head_size)
-        first, second = tl.split(tl.reshape(x, [HEADS, PAIRS, 2]))
+        pairs = tl.load(x_ptrs + column, mask=inside, other=0.0)
+        w = None if w_ptr is None else tl.load(w_ptr + column, mask=column < rotary_dim, other=0.0)
+    factor = 1.0
+    if w_ptr is not None:
+        # In the chunks of rms_norm, so that the sum has its order; mostly they are the halves.
+        squares = tl.zeros([HEADS, COLUMNS], dtype=tl.float32)
+        if NEOX and half == COLUMNS:
+            squares += first.to(tl.float32) * first.to(tl.float32)
+            squares += second.to(tl.float32) * second.to(tl.float32)
+        else:
+            for start in tl.static_range(0, head_size, COLUMNS):
+                column = start + tl.arange(0, COLUMNS)[None, :]
+                chunk = tl.load(x_ptrs + column, mask=(head < num_heads) & (column < head_size), other=0.0)
+                squares += chunk.to(tl.float32) * chunk.to(tl.float32)
+    cos = tl.load(cos_sin_ptr + pair, mask=pair < half, other=0.0).to(tl.float32)
+    sin = tl.load(cos_sin_ptr + half + pair, mask=pair < half, other=0.0).to(tl.float32)
+    if w_ptr is not None:
+        factor = reciprocal_rms(squares, epsilon, head_size)
+    if NEOX:
+        first, second = _normalize(first, first_w, factor), _normalize(second, second_w, factor)
+        tl.store(out_ptrs + pair, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptrs + half + pair, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        first, second = tl.split(tl.reshape(_normalize(pairs, w, factor), [HEADS, PAIRS, 2]))
         rotated = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), [HEADS, 2 * PAIRS])
-        tl.store(out_ptr + head * head_size + column, rotated.to(out_ptr.dtype.element_ty), mask=inside)
-    if rotary_dim < head_size:
-        column = tl.arange(0, COLUMNS)[None, :]
+        tl.store(out_ptrs + tl.arange(0, 2 * PAIRS)[None, :], rotated.to(out_ptr.dtype.element_ty), mask=inside)
+    # What is not rotated.
+    for start in tl.static_range(rotary_dim // COLUMNS * COLUMNS, head_size, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
         inside = (head < num_heads) & (column >= rotary_dim) & (column < head_size)
-        x = _read(x_ptr, w_ptr, head, column, inside, factor, head_size)
-        tl.store(out_ptr + head * head_size + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+        rest = tl.load(x_ptrs + column, mask=inside, other=0.0)
+        rest_w = None if w_ptr is None else tl.load(w_ptr + column, mask=column < head_size, other=0.0)
+        rest = _normalize(rest, rest_w, factor)
+        tl.store(out_ptrs + column, rest.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["q_stride", "k_stride"])
@@ -93,46 +111,26 @@ def _rotary_embedding_kernel(
     PAIRS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     q_programs: tl.constexpr = (q_heads + HEADS - 1) // HEADS
     programs: tl.constexpr = q_programs + (k_heads + HEADS - 1) // HEADS
     token = tl.program_id(0) // programs
     program = tl.program_id(0) % programs
     cos_sin_row = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * rotary_dim
     if program < q_programs:
+        x_ptr = q_ptr + row_offset(token, q_stride, head_size)
+        out_ptr = q_out_ptr + row_offset(token, q_heads * head_size, head_size)
         _rotate(
-            q_ptr + row_offset(token, q_stride, head_size),
-            q_weight_ptr,
-            q_out_ptr + row_offset(token, q_heads * head_size, head_size),
-            cos_sin_row,
-            program * HEADS,
-            q_heads,
-            epsilon,
-            head_size,
-            rotary_dim,
-            NEOX,
-            HEADS,
-            COLUMNS,
-            PAIRS,
-        )
+            x_ptr, q_weight_ptr, out_ptr, cos_sin_row, program * HEADS, q_heads, epsilon,
+            head_size, rotary_dim, NEOX, HEADS, COLUMNS, PAIRS,
+        )  # fmt: skip
     else:
+        x_ptr = k_ptr + row_offset(token, k_stride, head_size)
+        out_ptr = k_out_ptr + row_offset(token, k_heads * head_size, head_size)
         _rotate(
-            k_ptr + row_offset(token, k_stride, head_size),
-            k_weight_ptr,
-            k_out_ptr + row_offset(token, k_heads * head_size, head_size),
-            cos_sin_row,
-            (program - q_programs) * HEADS,
-            k_heads,
-            epsilon,
-            head_size,
-            rotary_dim,
-            NEOX,
-            HEADS,
-            COLUMNS,
-            PAIRS,
-        )
+            x_ptr, k_weight_ptr, out_ptr, cos_sin_row, (program - q_programs) * HEADS, k_heads, epsilon,
+            head_size, rotary_dim, NEOX, HEADS, COLUMNS, PAIRS,
+        )  # fmt: skip
 
 
 def rotary_embedding(
@@ -256,8 +254,7 @@ def _launch(
             f"cos_sin_cache is {tuple(cos_sin_cache.shape)} in {cos_sin_cache.dtype} on {cos_sin_cache.device}; "
             f"[positions, even rotary_dim up to {head_size}] in bf16, fp16 or fp32 on {first.device} is needed"
         )
-    tile = row_tile(head_size)
-    if tile.columns > 2048:
+    if head_size > 2048:
         raise ValueError(f"head_size is {head_size}; up to 2048 is allowed")
     if weights and head_size % 8:
         raise ValueError(f"head_size is {head_size}; a multiple of 8 is needed to normalize in the order of rms_norm")
@@ -267,8 +264,8 @@ def _launch(
     heads = [x.shape[1] // head_size for x in rows]
     if num_tokens == 0:
         return outs
+    tile = row_tile(head_size)
     programs = sum(triton.cdiv(number, tile.rows) for number in heads)
-    pdl = programmatic_launch(first)
     _rotary_embedding_kernel[(num_tokens * programs,)](
         positions.contiguous(),
         rows[0],
@@ -289,9 +286,6 @@ def _launch(
         tile.rows,
         tile.columns,
         triton.next_power_of_2(rotary_dim // 2),
-        PDL=pdl,
-        num_warps=tile.warps,
-        enable_fp_fusion=False,
-        launch_pdl=pdl,
+        **launch_options(first, tile.warps),
     )
     return outs

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import check_device
+from .launch import check_device, programmatic_launch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # The longest row that one program holds in registers.
@@ -20,7 +21,10 @@ WIDEST = 32768
 
 @dataclass(frozen=True)
 class RowTile:
-    """What one program takes: ``rows`` rows of up to ``columns`` elements, on ``warps`` warps."""
+    """What one program takes: ``rows`` rows, on ``warps`` warps, in chunks of ``columns`` elements of each row.
+
+    A row's sum adds the chunks element by element in ascending order, then the ``columns`` sums in one fixed order.
+    """
 
     rows: int
     columns: int
@@ -28,11 +32,27 @@ class RowTile:
 
 
 def row_tile(width: int) -> RowTile:
-    """The tile for rows of ``width`` elements: 16 elements a thread, 32 where a row is long."""
-    columns = triton.next_power_of_2(width)
-    if columns <= 2048:
-        return RowTile(2048 // columns, columns, 4)
-    return RowTile(1, columns, min(columns // 512, 16 if columns <= 16384 else 32))
+    """The tile for rows of ``width`` elements.
+
+    Rows of up to 512 elements are two chunks, and as many share a program as make 16 elements a thread. Longer ones are
+    taken alone, in chunks of 8 or 4 elements a thread, whichever fit better: 5120 is five times 1024.
+    """
+    if width <= 512:
+        columns = triton.next_power_of_2(width)
+        return RowTile(2048 // columns, max(1, columns // 2), 4)
+    warps = max(2, min(1 << (width // 512).bit_length() - 1, 16 if width <= 16384 else 32))
+    return RowTile(1, fullest(width, 256 * warps, 128 * warps), warps)
+
+
+def fullest(width: int, *blocks: int) -> int:
+    """The block of which the fewest elements lie past the end of a row; of equals the first."""
+    return min(blocks, key=lambda block: -width % block)
+
+
+def launch_options(x: torch.Tensor, warps: int) -> dict[str, bool | int]:
+    """How every row kernel is launched: each operation rounded by itself, overlapping the kernel ahead of it."""
+    pdl = programmatic_launch(x)
+    return {"PDL": pdl, "num_warps": warps, "enable_fp_fusion": False, "launch_pdl": pdl}
 
 
 def check_floats(name: str, x: torch.Tensor, width: int | None = None) -> None:
@@ -91,3 +111,29 @@ def row_offset(row, stride, width: tl.constexpr):
     if width % 8 == 0:
         stride = stride // 8 * 8
     return row.to(tl.int64) * stride
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Let the kernel ahead in the stream end before anything is read; the next one may be set up meanwhile."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def divide_by_width(total, width: tl.constexpr):
+    """``total / width``, correctly rounded."""
+    if width & (width - 1) == 0:
+        # Exact either way for a power of two; the division's subroutine takes a third of a small kernel's registers.
+        return total * (1.0 / width)
+    else:
+        return tl.div_rn(total, width * 1.0)
+
+
+@triton.jit
+def part_of_row(width, PART: tl.constexpr):
+    """The row, the number of the part and its columns, where rows are cut into parts and each has a program."""
+    parts = tl.cdiv(width, PART)
+    part = tl.program_id(0) % parts
+    return tl.program_id(0) // parts, part, part * PART + tl.arange(0, PART)

@@ -3,10 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import programmatic_launch
-from .rows import as_rows, check_floats, row_offset, row_tile
+from .rows import as_rows, begin, check_floats, launch_options, part_of_row, row_offset, row_tile
 
 # Longer rows are cut into parts of this many elements, so that even one row of logits keeps the whole device busy.
 _PART = 4096
@@ -33,28 +31,35 @@ def _softmax_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    # Rows past the end read zeros and not -inf, so that no NaN comes up on the way.
-    inside = (row < num_rows) & (column < width)
-    x = tl.load(x_ptr + row_offset(row, x_stride, width) + column, mask=inside, other=0.0).to(tl.float32)
-    maximum = tl.max(tl.where(column < width, x, float("-inf")), axis=1)[:, None]
-    total = tl.sum(tl.where(column < width, tl.exp(x - maximum), 0.0), axis=1)[:, None]
-    tl.store(out_ptr + row_offset(row, width, width) + column, _finish(x, maximum, total, LOG), mask=inside)
+    x_row, out_row = row_offset(row, x_stride, width), row_offset(row, width, width)
+    maxima = tl.full([ROWS, COLUMNS], float("-inf"), dtype=tl.float32)
+    chunks = ()
+    for start in tl.static_range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        # Rows past the end read zeros and not -inf, so that no NaN comes up on the way.
+        x = tl.load(x_ptr + x_row + column, mask=(row < num_rows) & (column < width), other=0.0).to(tl.float32)
+        x = tl.where(column < width, x, float("-inf"))
+        maxima = tl.maximum(maxima, x)
+        chunks += (x,)
+    maximum = tl.max(maxima, axis=1)[:, None]
+    totals = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in tl.static_range(0, width, COLUMNS):
+        totals += tl.exp(chunks[start // COLUMNS] - maximum)
+    total = tl.sum(totals, axis=1)[:, None]
+    for start in tl.static_range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        out = _finish(chunks[start // COLUMNS], maximum, total, LOG)
+        tl.store(out_ptr + out_row + column, out, mask=(row < num_rows) & (column < width))
 
 
 @triton.jit(do_not_specialize=["x_stride"])
 def _part_kernel(x_ptr, maximum_ptr, total_ptr, x_stride, width: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    parts: tl.constexpr = (width + PART - 1) // PART
-    column = tl.program_id(0) % parts * PART + tl.arange(0, PART)
-    x_row = x_ptr + row_offset(tl.program_id(0) // parts, x_stride, width)
-    x = tl.load(x_row + column, mask=column < width, other=float("-inf")).to(tl.float32)
+    begin(PDL)
+    row, _, column = part_of_row(width, PART)
+    x_ptrs = x_ptr + row_offset(row, x_stride, width) + column
+    x = tl.load(x_ptrs, mask=column < width, other=float("-inf")).to(tl.float32)
     maximum = tl.max(x, axis=0)
     # A part without a finite element weighs nothing; its maximum must not meet itself in a difference.
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -75,19 +80,15 @@ def _fold_kernel(
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    parts: tl.constexpr = (width + PART - 1) // PART
-    row = tl.program_id(0) // parts
-    part = tl.arange(0, PARTS)
-    maxima = tl.load(maximum_ptr + row.to(tl.int64) * parts + part, mask=part < parts, other=float("-inf"))
-    totals = tl.load(total_ptr + row.to(tl.int64) * parts + part, mask=part < parts, other=0.0)
+    begin(PDL)
+    row, _, column = part_of_row(width, PART)
+    parts, each = tl.cdiv(width, PART), tl.arange(0, PARTS)
+    maxima = tl.load(maximum_ptr + row.to(tl.int64) * parts + each, mask=each < parts, other=float("-inf"))
+    totals = tl.load(total_ptr + row.to(tl.int64) * parts + each, mask=each < parts, other=0.0)
     maximum = tl.max(maxima, axis=0)
     # Without a finite element the row is NaN in the end, as in torch, and not by way of its parts.
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(totals * tl.exp(maxima - shift), axis=0)
-    column = tl.program_id(0) % parts * PART + tl.arange(0, PART)
     x = tl.load(x_ptr + row_offset(row, x_stride, width) + column, mask=column < width, other=0.0).to(tl.float32)
     tl.store(out_ptr + row_offset(row, width, width) + column, _finish(x, maximum, total, LOG), mask=column < width)
 
@@ -95,8 +96,8 @@ def _fold_kernel(
 def softmax(x: torch.Tensor) -> torch.Tensor:
     """``exp(x - max(x)) / sum(exp(x - max(x)))`` in fp32.
 
-    Invariant: a row's sum has an order that follows its length alone. Rows of up to 16384 elements are summed whole,
-    longer ones in parts of 4096 whose sums, scaled to the row's maximum, are added in one order.
+    Invariant: a row's sum has an order that follows its length alone. Rows of up to 16384 elements are summed by one
+    program, longer ones in parts of 4096 whose sums, scaled to the row's maximum, are added in one order.
 
     Args:
         x: ``[..., V]``, bf16, fp16 or fp32, any V; rows may be strided. Elements may be -inf. A row that holds NaN or
@@ -124,7 +125,6 @@ def _launch(x: torch.Tensor, log: bool) -> torch.Tensor:
     num_rows = rows.shape[0]
     if num_rows == 0:
         return out
-    pdl = programmatic_launch(x)
     if width <= 4 * _PART:
         tile = row_tile(width)
         _softmax_kernel[(triton.cdiv(num_rows, tile.rows),)](
@@ -136,10 +136,7 @@ def _launch(x: torch.Tensor, log: bool) -> torch.Tensor:
             log,
             tile.rows,
             tile.columns,
-            PDL=pdl,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
-            launch_pdl=pdl,
+            **launch_options(x, tile.warps),
         )
         return out
     parts = triton.cdiv(width, _PART)
@@ -151,10 +148,7 @@ def _launch(x: torch.Tensor, log: bool) -> torch.Tensor:
         rows.stride(0),
         width,
         _PART,
-        PDL=pdl,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-        launch_pdl=pdl,
+        **launch_options(x, _WARPS),
     )
     _fold_kernel[(num_rows * parts,)](
         rows,
@@ -166,9 +160,6 @@ def _launch(x: torch.Tensor, log: bool) -> torch.Tensor:
         log,
         _PART,
         triton.next_power_of_2(parts),
-        PDL=pdl,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-        launch_pdl=pdl,
+        **launch_options(x, _WARPS),
     )
     return out

@@ -3,20 +3,21 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import programmatic_launch
-from .rows import as_rows, check_floats
+from .rows import as_rows, begin, check_floats, launch_options, part_of_row
 
 LARGEST_K = 1024
 # Keys that one program selects from. The last program takes all keys that are left, so it orders up to LARGEST_K.
 _PART = 4096
 _WARPS = 8
 _ORDERED = 64
+# The key of no element: its value, the upper half, is below that of any float.
+_NO_KEY = tl.constexpr(-(1 << 63))
+_LARGEST_ID = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _keys(x, id, ID_BITS: tl.constexpr):
+def _keys(x, id):
     """One int64 for each element, in the order of values and, where they are equal, of falling ids; none are equal.
 
     -0 equals 0, and NaN is larger than any number, as torch has it.
@@ -24,9 +25,31 @@ def _keys(x, id, ID_BITS: tl.constexpr):
     x = x.to(tl.float32)
     x = tl.where(x == 0.0, 0.0, x)
     bits = tl.where(x != x, 0x7FFFFFFF, x.to(tl.int32, bitcast=True))
-    # Negative floats count down in their bits: flip them so that integer order is float order, then start at 0.
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 0x80000000
-    return (ordered << ID_BITS) + ((1 << ID_BITS) - 1 - id)
+    # Negative floats count down in their bits: flip them so that integer order is float order.
+    value = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (value.to(tl.int64) << 32) | (_LARGEST_ID - id)
+
+
+@triton.jit
+def _slots(values, K: tl.constexpr):
+    """A place below K for each of the K largest int32 ``values``, of equals the first, in their order; K for others."""
+    # The largest bound that K values reach, bit by bit until no more than they do: mostly after a few bits.
+    bound = tl.full([], -(1 << 31), dtype=tl.int32)
+    reaching = tl.full([], values.shape[0], dtype=tl.int32)
+    bit = tl.full([], 1 << 31, dtype=tl.uint32)
+    while (bit != 0) & (reaching > K):
+        raised = bound ^ bit.to(tl.int32, bitcast=True)
+        reached = tl.sum((values >= raised).to(tl.int32), axis=0)
+        bound = tl.where(reached >= K, raised, bound)
+        reaching = tl.where(reached >= K, reached, reaching)
+        bit = bit >> 1
+    above, equal = (values > bound).to(tl.int32), (values == bound).to(tl.int32)
+    # Both counts in one scan: neither needs more than 16 bits.
+    counts = tl.cumsum((equal << 16) + above, axis=0)
+    above_so_far, equal_so_far = counts & 0xFFFF, counts >> 16
+    wanted = K - tl.sum(above, axis=0)
+    slot = above_so_far + tl.minimum(equal_so_far, wanted) - 1
+    return tl.where((above == 1) | ((equal == 1) & (equal_so_far <= wanted)), slot, K)
 
 
 @triton.jit
@@ -37,33 +60,23 @@ def _select_kernel(
     x_stride,
     count,
     K: tl.constexpr,
-    ID_BITS: tl.constexpr,
     PART: tl.constexpr,
-    SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The K largest keys of a part in any order, filled up with -1; of ``x`` where there are no keys yet."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    parts = (count + PART - 1) // PART
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    column = tl.program_id(0) % parts * PART + tl.arange(0, PART)
+    """The K largest keys of a part, or of ``x`` where there are no keys yet, filled up with _NO_KEY.
+
+    They stay in the order of their ids: of equal values the first is the one with the lowest.
+    """
+    begin(PDL)
+    row, _, column = part_of_row(count, PART)
+    row = row.to(tl.int64)
     if keys_ptr is None:
-        keys = _keys(tl.load(x_ptr + row * x_stride + column, mask=column < count, other=0.0), column, ID_BITS)
-        keys = tl.where(column < count, keys, -1)
+        x = tl.load(x_ptr + row * x_stride + column, mask=column < count, other=0.0)
+        keys = tl.where(column < count, _keys(x, column), _NO_KEY)
     else:
-        keys = tl.load(keys_ptr + row * count + column, mask=column < count, other=-1)
-    # The largest bound that K keys reach, bit by bit: as keys differ, exactly K do, or all where there are fewer.
-    bound = tl.zeros([], dtype=tl.int64)
-    for step in range(32 + ID_BITS):
-        raised = bound | (tl.full([], 1, tl.int64) << (31 + ID_BITS - step))
-        bound = tl.where(tl.sum((keys >= raised).to(tl.int32), axis=0) >= K, raised, bound)
-    selected = (keys >= bound).to(tl.int32)
-    out_row = out_ptr + tl.program_id(0).to(tl.int64) * K
-    tl.store(out_row + tl.cumsum(selected, axis=0) - 1, keys, mask=selected == 1)
-    slot = tl.arange(0, SLOTS)
-    tl.store(out_row + slot, -1, mask=(slot < K) & (slot >= tl.sum(selected, axis=0)))
+        keys = tl.load(keys_ptr + row * count + column, mask=column < count, other=_NO_KEY)
+    slots = _slots((keys >> 32).to(tl.int32), K)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * K + slots, keys, mask=slots < K)
 
 
 @triton.jit
@@ -75,34 +88,30 @@ def _order_kernel(
     x_stride,
     count,
     K: tl.constexpr,
-    ID_BITS: tl.constexpr,
     ORDERED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Write each key's element at its rank: the number of larger keys."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    parts = (count + ORDERED - 1) // ORDERED
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    own = tl.program_id(0) % parts * ORDERED + tl.arange(0, ORDERED)
-    keys = tl.load(keys_ptr + row * count + own, mask=own < count, other=-1)
+    begin(PDL)
+    row, _, own = part_of_row(count, ORDERED)
+    row = row.to(tl.int64)
+    keys = tl.load(keys_ptr + row * count + own, mask=own < count, other=_NO_KEY)
     rank = tl.zeros([ORDERED], dtype=tl.int32)
     for start in range(0, count, ORDERED):
         other = start + tl.arange(0, ORDERED)
-        others = tl.load(keys_ptr + row * count + other, mask=other < count, other=-1)
+        others = tl.load(keys_ptr + row * count + other, mask=other < count, other=_NO_KEY)
         rank += tl.sum((others[None, :] > keys[:, None]).to(tl.int32), axis=1)
-    id = (1 << ID_BITS) - 1 - (keys & ((1 << ID_BITS) - 1))
-    inside = (keys >= 0) & (rank < K)
-    tl.store(ids_ptr + row * K + rank, id, mask=inside)
-    tl.store(values_ptr + row * K + rank, tl.load(x_ptr + row * x_stride + id, mask=inside), mask=inside)
+    id = _LARGEST_ID - (keys & 0x7FFFFFFF)
+    # There are K elements at least, and _NO_KEY ranks behind them.
+    tl.store(ids_ptr + row * K + rank, id, mask=rank < K)
+    tl.store(values_ptr + row * K + rank, tl.load(x_ptr + row * x_stride + id, mask=rank < K), mask=rank < K)
 
 
 def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` largest elements of each row in descending order, ties by ascending id.
 
-    Value and id are joined in one integer, so no two are equal; what is selected and where it stands is the result of
-    comparing and counting integers alone, which is exact in any order.
+    What is selected and where it stands is the result of comparing and counting integers alone, which is exact in any
+    order: the value's bits select, and the value and the id, joined in one integer, give the rank.
 
     Args:
         x: ``[..., V]``, bf16, fp16 or fp32; rows may be strided. NaN is larger than any number; -0 equals 0.
@@ -124,8 +133,6 @@ def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = rows.shape[0]
     if num_rows == 0:
         return values, ids
-    id_bits = max(1, (width - 1).bit_length())
-    pdl = programmatic_launch(x)
     keys, count = None, width
     while keys is None or count > LARGEST_K:
         part = min(triton.next_power_of_2(count), _PART)
@@ -138,12 +145,8 @@ def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
             rows.stride(0),
             count,
             k,
-            id_bits,
             part,
-            triton.next_power_of_2(k),
-            PDL=pdl,
-            num_warps=_WARPS,
-            launch_pdl=pdl,
+            **launch_options(x, _WARPS),
         )
         keys, count = selected, parts * k
     _order_kernel[(num_rows * triton.cdiv(count, _ORDERED),)](
@@ -154,10 +157,7 @@ def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows.stride(0),
         count,
         k,
-        id_bits,
         _ORDERED,
-        PDL=pdl,
-        num_warps=_WARPS,
-        launch_pdl=pdl,
+        **launch_options(x, _WARPS),
     )
     return values, ids

@@ -3,10 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import programmatic_launch
-from .rows import as_rows, check_floats, row_offset
+from .rows import as_rows, begin, check_floats, launch_options, part_of_row, row_offset
 
 # Elements that one program sums up.
 _PART = 4096
@@ -15,13 +13,9 @@ _WARPS = 8
 
 @triton.jit(do_not_specialize=["x_stride"])
 def _part_mass_kernel(x_ptr, total_ptr, x_stride, width: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    parts: tl.constexpr = (width + PART - 1) // PART
-    column = tl.program_id(0) % parts * PART + tl.arange(0, PART)
-    x_row = x_ptr + row_offset(tl.program_id(0) // parts, x_stride, width)
-    x = tl.load(x_row + column, mask=column < width, other=0.0).to(tl.float32)
+    begin(PDL)
+    row, _, column = part_of_row(width, PART)
+    x = tl.load(x_ptr + row_offset(row, x_stride, width) + column, mask=column < width, other=0.0).to(tl.float32)
     tl.store(total_ptr + tl.program_id(0), tl.sum(x, axis=0))
 
 
@@ -36,16 +30,12 @@ def _top_p_mass_kernel(
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    parts: tl.constexpr = (width + PART - 1) // PART
-    row = tl.program_id(0) // parts
-    part = tl.arange(0, PARTS)
-    totals = tl.load(total_ptr + row.to(tl.int64) * parts + part, mask=part < parts, other=0.0)
+    begin(PDL)
+    row, part, column = part_of_row(width, PART)
+    parts, each = tl.cdiv(width, PART), tl.arange(0, PARTS)
+    totals = tl.load(total_ptr + row.to(tl.int64) * parts + each, mask=each < parts, other=0.0)
     # Each program sums all parts up and takes the one sum that it needs: zeros but for that, so no order enters.
-    before = tl.sum(tl.where(part == tl.program_id(0) % parts - 1, tl.cumsum(totals, axis=0), 0.0), axis=0)
-    column = tl.program_id(0) % parts * PART + tl.arange(0, PART)
+    before = tl.sum(tl.where(each == part - 1, tl.cumsum(totals, axis=0), 0.0), axis=0)
     x = tl.load(x_ptr + row_offset(row, x_stride, width) + column, mask=column < width, other=0.0).to(tl.float32)
     tl.store(out_ptr + row_offset(row, width, width) + column, before + tl.cumsum(x, axis=0), mask=column < width)
 
@@ -75,17 +65,13 @@ def top_p_mass(probs: torch.Tensor) -> torch.Tensor:
     part = min(triton.next_power_of_2(width), _PART)
     parts = triton.cdiv(width, part)
     totals = torch.empty((num_rows, parts), dtype=torch.float32, device=probs.device)
-    pdl = programmatic_launch(probs)
     _part_mass_kernel[(num_rows * parts,)](
         rows,
         totals,
         rows.stride(0),
         width,
         part,
-        PDL=pdl,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-        launch_pdl=pdl,
+        **launch_options(probs, _WARPS),
     )
     _top_p_mass_kernel[(num_rows * parts,)](
         rows,
@@ -95,9 +81,6 @@ def top_p_mass(probs: torch.Tensor) -> torch.Tensor:
         width,
         part,
         triton.next_power_of_2(parts),
-        PDL=pdl,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-        launch_pdl=pdl,
+        **launch_options(probs, _WARPS),
     )
     return out

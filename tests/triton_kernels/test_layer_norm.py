@@ -13,7 +13,7 @@ from .oracles import assert_close
 
 pytestmark = INTERPRETED
 
-WIDTHS = (1, 2, 17, 80, 1024, 2100)
+WIDTHS = (1, 2, 17, 80, 1024, 1500)
 EPSILON = 1e-5
 
 

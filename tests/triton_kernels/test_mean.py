@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from vllm_deterministic.triton_kernels.mean import mean
+from vllm_deterministic.triton_kernels.rows import RowTile
 
 from .interpreter import INTERPRETED, ROUNDED
 from .invariance import assert_batch_invariant, assert_same_bytes
@@ -20,7 +21,7 @@ def _inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
-@pytest.mark.parametrize("width", [1, 2, 17, 80, 2100])
+@pytest.mark.parametrize("width", [1, 2, 17, 80, 1000, 2100])
 def test_close_to_the_oracle(dtype: torch.dtype, width: int) -> None:
     x = _inputs(19, width, dtype=dtype)
     assert mean(x, -1).dtype == dtype
@@ -28,16 +29,16 @@ def test_close_to_the_oracle(dtype: torch.dtype, width: int) -> None:
     assert_batch_invariant(lambda x: mean(x, -1), x[:4], sizes=(2, 17, 33))
 
 
-def test_a_long_row_is_walked_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[mean.__module__], "_LONGEST", 64)
-    x = _inputs(40, 300)
-    assert_close(mean(x, -1), x.double().mean(-1))
-    assert_batch_invariant(lambda x: mean(x, -1), x[:4], sizes=(2, 40))
+def test_chunks_are_added_in_ascending_order() -> None:
+    x = torch.zeros(1, 5 * 512)
+    x[0, 7::512] = torch.tensor([1e8, 1.0, -1e8, 1.0, 0.5])
+    assert mean(x, -1).item() == (torch.tensor(1.5) / 2560).item()
 
 
-def test_fault_steps_that_follow_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_chunks_that_follow_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_batch(x: torch.Tensor) -> torch.Tensor:
-        monkeypatch.setattr(sys.modules[mean.__module__], "_LONGEST", 64 if len(x) < 5 else 128)
+        tile = RowTile(1, 64 if len(x) < 5 else 128, 4)
+        monkeypatch.setattr(sys.modules[mean.__module__], "row_tile", lambda width: tile)
         return mean(x, -1)
 
     with pytest.raises(AssertionError, match="elements differ"):

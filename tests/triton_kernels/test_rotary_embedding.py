@@ -129,8 +129,8 @@ def test_no_tokens_and_odd_heads() -> None:
         qk_norm_rotary_embedding(positions, q, k, torch.ones(6), torch.ones(6), EPSILON, _cache(6, q.dtype)[1], 6, True)
 
 
-def _rms_of_halves(x, epsilon, width):
-    total = tl.sum(tl.sum(tl.reshape(x * x, [x.shape[0], 2, x.shape[1] // 2]), axis=2), axis=1)
+def _rms_of_halves(squares, epsilon, width):
+    total = tl.sum(tl.sum(tl.reshape(squares, [squares.shape[0], 2, squares.shape[1] // 2]), axis=2), axis=1)
     return tl.rsqrt(total / width + epsilon)[:, None]
 
 

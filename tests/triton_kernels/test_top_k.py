@@ -74,12 +74,21 @@ def test_refuses_a_k_out_of_range(width: int, k: int, allowed: int) -> None:
         top_k(torch.zeros(1, width), k)
 
 
-def _highest_id_first(x, id, ID_BITS):  # noqa: N803
-    return (x.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) << ID_BITS) + id
+def test_ties_across_parts_go_to_the_lowest_ids() -> None:
+    x = torch.zeros(2, 9000)
+    x[0, [4095, 4096, 8999]] = 1.0
+    assert top_k(x, 5)[1].tolist() == [[4095, 4096, 8999, 0, 1], [0, 1, 2, 3, 4]]
+
+
+def _last_of_equals(values, K):  # noqa: N803
+    largest = values == tl.max(values, axis=0)
+    last = tl.max(tl.where(largest, tl.arange(0, values.shape[0]), -1), axis=0)
+    return tl.where(tl.arange(0, values.shape[0]) == last, 0, K)
 
 
 def test_fault_ties_by_the_highest_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[top_k.__module__], "_keys", InterpretedFunction(_highest_id_first))
-    x = torch.tensor([[2.0, 2.0, 1.0, 0.0]])
+    monkeypatch.setattr(sys.modules[top_k.__module__], "_slots", InterpretedFunction(_last_of_equals))
+    # More than the last program takes, so that there is a selection.
+    x = torch.zeros(1, 2000)
     with pytest.raises(AssertionError, match="elements differ"):
         assert_same_bytes(top_k(x, 1)[1], torch.tensor([oracles.top_k(x[0].tolist(), 1)]), "ids")
