@@ -58,9 +58,9 @@ $(INSTALLED): pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml
 	@echo "Setting up $(VENV): 3.5 GB on the disk, some minutes" >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --quiet --quiet --upgrade pip >&2
-	@$(PIP) install --quiet --quiet --editable '.[cpu,lab,dev]' >&2 || { \
+	@$(PIP) install --quiet --quiet --editable '.[cpu,lab,service,dev]' >&2 || { \
 		echo "Trying again with PyTorch's CPU index, $(TORCH_CPU_INDEX)" >&2; \
-		$(PIP) install --quiet --quiet --editable '.[cpu,lab,dev]' --extra-index-url $(TORCH_CPU_INDEX) >&2; } || \
+		$(PIP) install --quiet --quiet --editable '.[cpu,lab,service,dev]' --extra-index-url $(TORCH_CPU_INDEX) >&2; } || \
 		{ echo "pip could not install the packages, for the reason above; make takes it up from here" >&2; exit 1; }
 	@$(PIP) uninstall --quiet --quiet --yes torchvision torchaudio torchcodec >&2
 	@$(PIP) install --quiet --quiet --no-deps ./packaging/vllm-cpu-metadata >&2

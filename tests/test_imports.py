@@ -13,10 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OWN = "vllm_deterministic"
 KERNELS, ENGINE, MODEL = f"{OWN}.triton_kernels", f"{OWN}.engine", f"{OWN}.tiny_model"
-CERTIFY, ATEN, LAB = f"{OWN}.certify", f"{OWN}.aten", f"{OWN}.lab"
+CERTIFY, ATEN, LAB, SERVICE = f"{OWN}.certify", f"{OWN}.aten", f"{OWN}.lab", f"{OWN}.service"
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BASE_INSTALL = {re.split(r"[^\w-]", dependency)[0].replace("-", "_") for dependency in PROJECT["dependencies"]}
+SERVICE_INSTALL = {"aiosqlite", "fastapi", "prometheus_client", "pydantic_settings", "starlette", "uvicorn", "yaml"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ RULES = (
     Rule(ATEN, {"torch", "triton"}, (ATEN, KERNELS)),
     Rule(f"{LAB}.command", BASE_INSTALL | {"torch"}, (LAB, f"{OWN}.verify")),
     Rule(LAB, BASE_INSTALL | {"torch", "matplotlib"}, (LAB, KERNELS, f"{OWN}.verify")),
+    Rule(f"{SERVICE}.command", BASE_INSTALL, (SERVICE,)),
+    Rule(
+        SERVICE,
+        BASE_INSTALL | SERVICE_INSTALL,
+        (SERVICE, f"{OWN}.report", f"{OWN}.verify"),
+    ),
     Rule(MODEL, BASE_INSTALL | {"numpy", "tokenizers"}, (MODEL,)),
     Rule(OWN, BASE_INSTALL, None),
 )
@@ -121,6 +128,9 @@ def test_imports_keep_their_direction() -> None:
         (f"{OWN}/aten/a.py", f"from {ENGINE} import x", f"{ATEN}.a imports {ENGINE}.x"),
         (f"{OWN}/lab/a.py", f"from {ENGINE} import x", f"{LAB}.a imports {ENGINE}.x"),
         (f"{OWN}/lab/command.py", f"from {KERNELS} import x", f"{LAB}.command imports {KERNELS}.x"),
+        (f"{OWN}/service/a.py", "import torch", f"{SERVICE}.a imports torch"),
+        (f"{OWN}/service/command.py", "import fastapi", f"{SERVICE}.command imports fastapi"),
+        (f"{OWN}/verify/a.py", "import fastapi", f"{OWN}.verify.a imports fastapi"),
     ],
 )
 def test_a_planted_fault_is_found(tmp_path: Path, path: str, source: str, violation: str) -> None:

@@ -44,7 +44,7 @@ def imports(base_install: Path, module: str, cwd: Path) -> bool:
 
 
 def test_base_install_verifies_without_torch_and_vllm(base_install: Path, checkout: Path, tmp_path: Path) -> None:
-    for command in ((), ("verify",), ("certify",), ("lab",), ("tiny-model",), ("demo",)):
+    for command in ((), ("verify",), ("certify",), ("lab",), ("service",), ("tiny-model",), ("demo",)):
         assert "Usage: vllm-deterministic" in run(base_install / "vllm-deterministic", *command, "--help").stdout
     for cwd in (tmp_path, checkout):
         assert not imports(base_install, "torch", cwd)
