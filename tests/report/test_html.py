@@ -10,6 +10,7 @@ import pytest
 from vllm_deterministic.report import html
 from vllm_deterministic.report import json as run_json
 from vllm_deterministic.report.pair import Pair
+from vllm_deterministic.report.partings import parting
 
 from .conftest import Recorded
 
@@ -24,7 +25,7 @@ class _Balance(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.loads += [value for name, value in attrs if name in ("src", "href") and value]
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -120,6 +121,20 @@ async def test_a_column_of_several_answers_shows_the_first_to_part(recorded: Rec
     assert same["x"] == list(range(1, 1202, 3))
     assert [place for place, height in zip(same["x"], same["y"], strict=True) if height == 8] == [4]
     assert "A column is 3 answers and shows the first to part" in html.render(record)
+
+
+async def test_variants_that_the_record_does_not_spell_out_are_drawn_and_named(recorded: Recorded) -> None:
+    settings = {"arms": ["identical"], "num_prompts": 130, "extra_body": {"temperature": 1.0}}
+    record = await recorded(unstable_seeds=True, settings=settings)
+    (group,) = record.arm("identical").groups
+    assert [len(variant.choices) for variant in group.variants] == [1] * 100 + [0] * 30
+    assert all(variant.difference is not None for variant in group.variants[1:])
+    assert len({variant.output_digest for variant in group.variants}) == 130
+    page = html.render(record)
+    _check(page)
+    assert _figures(page)["parts-identical"]["data"][0]["x"] == list(range(1, 131))
+    assert parting(group, group.variants[129]).candidates == []
+    assert parting(group, group.variants[129]).shared == ""
 
 
 async def test_the_latency_is_drawn_from_zero_to_all_answers(recorded: Recorded) -> None:

@@ -97,21 +97,25 @@ def headline(group: RequestGroup, variant: VariantRecord) -> str:
 
 
 def parting(group: RequestGroup, variant: VariantRecord) -> Parting:
-    """A variant and its reference side by side. Raises ValueError for the reference itself."""
+    """A variant and its reference side by side, without text and candidates where the record has them not in full.
+
+    Raises ValueError for the reference itself.
+    """
     difference = variant.difference
     if difference is None:
         raise ValueError("a reference does not part from itself")
-    left, right = _choice(group.variants[0], difference), _choice(variant, difference)
+    left, right = _choices(group, variant, difference)
     position = difference.position if difference.position is not None else difference.logprob_position
-    shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(left.text, right.text, strict=False)))
+    texts = (left.text, right.text) if variant.choices else ("", "")
+    shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
     return Parting(
         sentence=headline(group, variant),
         prompt=group.prompt,
         shared=shared,
-        reference_rest=left.text[len(shared) :],
-        other_rest=right.text[len(shared) :],
+        reference_rest=texts[0][len(shared) :],
+        other_rest=texts[1][len(shared) :],
         position=position,
-        candidates=_candidates(left, right, position),
+        candidates=_candidates(left, right, position) if variant.choices else [],
         requests=[request.id for request in variant.requests],
         beside=variant.requests[0].beside,
     )
@@ -135,7 +139,7 @@ def _course(name: str, group: RequestGroup, variant: VariantRecord) -> Course:
     difference = variant.difference
     if difference is None:
         raise ValueError("a reference does not part from itself")
-    length = max(_length(_choice(group.variants[0], difference)), _length(_choice(variant, difference)))
+    length = max(_length(choice) for choice in _choices(group, variant, difference))
     # An answer that differs in its finish reason alone parts at its end: its last token shows it.
     end = max(0, length - 1) if difference.logprob_position is None else length
     same_tokens = end if difference.position is None else difference.position
@@ -143,9 +147,18 @@ def _course(name: str, group: RequestGroup, variant: VariantRecord) -> Course:
     return Course(name, length, same, same_tokens, difference.gap, "parts at " + where(difference))
 
 
-def _choice(variant: VariantRecord, difference: DifferenceRecord) -> ChoiceRecord:
-    """The choice that differs; the last one of an answer that has fewer."""
-    return variant.choices[min(difference.choice, len(variant.choices) - 1)]
+def _choices(
+    group: RequestGroup, variant: VariantRecord, difference: DifferenceRecord
+) -> tuple[ChoiceRecord, ChoiceRecord]:
+    """The choices that differ, the last one of an answer that has fewer.
+
+    A variant that is not in the record in full is stood in for by the reference.
+    """
+    reference = group.variants[0].choices
+    left, right = (
+        choices[min(difference.choice, len(choices) - 1)] for choices in (reference, variant.choices or reference)
+    )
+    return left, right
 
 
 def _length(choice: ChoiceRecord) -> int:

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -12,6 +13,11 @@ import httpx
 
 from vllm_deterministic.verify.completion import Completion, load_json, parse_completion
 from vllm_deterministic.verify.settings import Settings
+
+# No body may fill the memory here. The base holds whatever a server adds (prompts, prompt logprobs, a page of metrics);
+# a candidate of a chat answer is a token, its logprob and its bytes as a list of numbers.
+_BASE_BYTES = 8 * 2**20
+_BYTES_PER_CANDIDATE = 256
 
 
 class CannotRun(Exception):  # noqa: N818 - named after the exit it leads to, "could not run"
@@ -24,6 +30,18 @@ class Rejected(CannotRun):
 
 class Unreachable(CannotRun):
     """Nothing answers, or what answers says 503: it may yet come up."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    status: int
+    reason: str
+    media_type: str
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        return self.content.decode(errors="replace")
 
 
 class Client:
@@ -57,23 +75,23 @@ class Client:
 
     async def complete(self, path: str, body: Mapping[str, Any]) -> Completion:
         """POST a completion request. Raises CannotRun, Rejected or Unreachable; never retries."""
-        response = await self._request("POST", path, body)
+        reply = await self._request("POST", path, body)
         try:
-            return parse_completion(response.content)
+            return parse_completion(reply.content)
         except ValueError as error:
             raise CannotRun(
-                f"{self.base_url}{path} answered with {error}. "
+                f"{self.base_url}{path} answered with {error}{_sent_as(reply)}. "
                 "Check that --base-url and --endpoint name an OpenAI-compatible server."
             ) from None
 
     async def get_json(self, path: str) -> Any:
         """GET a JSON document. Raises CannotRun or Unreachable."""
-        response = await self._request("GET", path, None)
+        reply = await self._request("GET", path, None)
         try:
-            return load_json(response.content)
+            return load_json(reply.content)
         except ValueError as error:
             raise CannotRun(
-                f"{self.base_url}{path} answered with invalid JSON ({error}). "
+                f"{self.base_url}{path} answered with invalid JSON ({error}){_sent_as(reply)}. "
                 "Check that --base-url names an OpenAI-compatible server."
             ) from None
 
@@ -84,11 +102,13 @@ class Client:
         except CannotRun:
             return None
 
-    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> _Reply:
         where = f"{self.base_url}{path}"
         try:
-            async with asyncio.timeout(self._timeout):
-                response = await self._http.request(method, path, json=body)
+            async with asyncio.timeout(self._timeout), self._http.stream(method, path, json=body) as response:
+                media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+                content = await _read(response, where, _most_bytes(body or {}))
+                reply = _Reply(response.status_code, response.reason_phrase, media_type, content)
         except TimeoutError:
             raise CannotRun(
                 f"{where} did not answer within {self._timeout:g} s. Raise --timeout or lower --max-concurrency."
@@ -98,14 +118,48 @@ class Client:
                 f"Cannot connect to {self.base_url} ({_reason(error)}). "
                 "Start the server, or correct --base-url; --ready-check-timeout-sec waits for one that is starting."
             ) from None
+        except httpx.DecodingError as error:
+            raise CannotRun(
+                f"{where} answered with a body that its Content-Encoding does not fit ({_reason(error)}). "
+                "Check what stands between here and the server."
+            ) from None
         except httpx.TransportError as error:
             raise CannotRun(
-                f"{where} broke the connection before it answered ({_reason(error)}). "
+                f"{where} broke the connection before it answered in full ({_reason(error)}). "
                 "See the server's log; it may have stopped."
             ) from None
-        if response.status_code != 200:
-            raise _refusal(response, where)
-        return response
+        if reply.status != 200:
+            raise _refusal(reply, where)
+        return reply
+
+
+def _most_bytes(body: Mapping[str, Any]) -> int:
+    """More than any answer to this request takes."""
+
+    def count(name: str) -> int:
+        value = body.get(name)
+        return max(1, value) if isinstance(value, int) else 1
+
+    candidates = 1 + max(count("logprobs"), count("top_logprobs"))
+    return _BASE_BYTES + _BYTES_PER_CANDIDATE * count("n") * count("max_tokens") * candidates
+
+
+async def _read(response: httpx.Response, where: str, most_bytes: int) -> bytes:
+    """The body, decompressed; reading stops at the limit."""
+    content = bytearray()
+    async for piece in response.aiter_bytes():
+        content += piece
+        if len(content) > most_bytes:
+            raise CannotRun(
+                f"{where} answered with more than {most_bytes // 2**20} MiB, far more than was asked for. "
+                "Check that --base-url names an OpenAI-compatible server."
+            )
+    return bytes(content)
+
+
+def _sent_as(reply: _Reply) -> str:
+    """The media type, where that tells why an answer could not be read."""
+    return "" if reply.media_type in ("", "application/json") else f", sent as {reply.media_type[:80]!r}"
 
 
 def _is_loopback(url: str) -> bool:
@@ -126,9 +180,9 @@ def _reason(error: BaseException) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
-def _refusal(response: httpx.Response, where: str) -> CannotRun:
-    status = response.status_code
-    said = f"{where} answered {status}: {_server_message(response)}"
+def _refusal(reply: _Reply, where: str) -> CannotRun:
+    status = reply.status
+    said = f"{where} answered {status}: {_server_message(reply)}"
     if status in (400, 422):
         return Rejected(f"{said} Check --extra-body, --max-tokens and --logprobs against the server's limits.")
     if status in (401, 403):
@@ -142,14 +196,14 @@ def _refusal(response: httpx.Response, where: str) -> CannotRun:
     return CannotRun(f"{said} See the server's log for the cause.")
 
 
-def _server_message(response: httpx.Response) -> str:
+def _server_message(reply: _Reply) -> str:
     """The server's own words, on one line that ends in a full stop."""
     try:
-        error = load_json(response.content)
+        error = load_json(reply.content)
     except ValueError:
-        error = response.text
+        error = reply.text
     for key in ("error", "message", "detail"):
         if isinstance(error, dict) and key in error:
             error = error[key]
-    words = " ".join(str(error).split()) or response.reason_phrase or "no reason given"
+    words = " ".join(str(error).split()) or reply.reason or "no reason given"
     return (words[:297] + "..." if len(words) > 300 else words).rstrip(".") + "."

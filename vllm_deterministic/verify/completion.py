@@ -125,8 +125,18 @@ def _no_number(text: str) -> NoReturn:
 
 
 def load_json(content: bytes) -> Any:
-    """Parse JSON strictly: NaN and Infinity are refused. Raises ValueError."""
-    return json.loads(content, parse_constant=_no_number)
+    """Parse JSON strictly: NaN, Infinity and halves of a surrogate pair are refused. Raises ValueError."""
+    try:
+        value = json.loads(content, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if b"\\ud" in content.lower():
+        # Escaped alone, a half passes for text here but can be written to no file.
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair") from None
+    return value
 
 
 def parse_completion(content: bytes) -> Completion:

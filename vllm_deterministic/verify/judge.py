@@ -23,6 +23,7 @@ from vllm_deterministic.verify.record import (
 )
 
 _PROMPT_SHOWN = 120  # characters
+_IN_FULL = 100  # variants of a request
 
 
 def judge(journal: Journal) -> list[ArmRecord]:
@@ -56,7 +57,7 @@ def _judge_arm(arm: ArmJournal, references: Mapping[str, Exchange]) -> ArmRecord
         divergent=divergent,
         failures=failures,
         duration_s=arm.finished_s - arm.started_s,
-        output_tokens=sum(exchange.completion.output_tokens for exchange in arm.exchanges),
+        output_tokens=sum(exchange.output_tokens for exchange in arm.exchanges),
         latency=_latency(latencies),
         phases=_phases(arm),
         groups=groups,
@@ -87,7 +88,13 @@ def _group(exchanges: Sequence[Exchange], reference: Exchange, timeline: _Timeli
     by_digest: dict[str, list[Exchange]] = {reference.logprob_digest: []}
     for exchange in exchanges:
         by_digest.setdefault(exchange.logprob_digest, []).append(exchange)
-    variants = [_variant(members, reference, timeline) for members in by_digest.values()]
+    first, *others = by_digest.values()
+    ordered = [first, *sorted(others, key=lambda members: -len(members))]
+    answer = reference.whole()
+    variants = [
+        _variant(members, reference, answer, timeline, in_full=place < _IN_FULL)
+        for place, members in enumerate(ordered)
+    ]
     ask = exchanges[0].planned.ask
     prompt = ask.prompt if isinstance(ask.prompt, str) else str(list(ask.prompt[: _PROMPT_SHOWN // 4]))
     return RequestGroup(
@@ -96,18 +103,22 @@ def _group(exchanges: Sequence[Exchange], reference: Exchange, timeline: _Timeli
         prompt_tokens=reference.completion.prompt_tokens,
         sampling=dict(ask.sampling),
         count=len(exchanges),
-        variants=[variants[0], *sorted(variants[1:], key=lambda variant: -variant.count)],
+        variants=variants,
     )
 
 
-def _variant(members: Sequence[Exchange], reference: Exchange, timeline: _Timeline) -> VariantRecord:
+def _variant(
+    members: Sequence[Exchange], reference: Exchange, answer: Completion, timeline: _Timeline, *, in_full: bool
+) -> VariantRecord:
+    """``answer`` is that of the reference."""
     first = members[0] if members else reference
-    difference = compare(reference.completion, first.completion)
+    other = first.whole()
+    difference = compare(answer, other)
     return VariantRecord(
         output_digest=first.output_digest,
         logprob_digest=first.logprob_digest,
         count=len(members),
-        choices=[_choice(choice) for choice in first.completion.choices],
+        choices=[_choice(choice) for choice in other.choices] if in_full else [],
         difference=DifferenceRecord.model_validate(difference, from_attributes=True) if difference else None,
         requests=[DivergentRequest(id=member.planned.id, beside=timeline.beside(member)) for member in members]
         if difference
@@ -156,7 +167,7 @@ def _equal_choices(compared: Sequence[Exchange]) -> list[Failure]:
     equal = {
         exchange.key: exchange.planned
         for exchange in compared
-        if exchange.planned.family is not None and _choices_are_equal(exchange.completion)
+        if exchange.planned.family is not None and _choices_are_equal(exchange.whole())
     }
     return [
         Failure(
@@ -218,6 +229,6 @@ def _request(exchange: Exchange) -> RequestRecord:
         compared=exchange.planned.compared,
         sent_s=round(exchange.sent_s, 6),
         finished_s=round(exchange.finished_s, 6),
-        output_tokens=exchange.completion.output_tokens,
+        output_tokens=exchange.output_tokens,
         cached_tokens=exchange.completion.cached_tokens,
     )

@@ -1,5 +1,6 @@
 """Read the few numbers that matter here from vLLM's Prometheus page."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -47,12 +48,13 @@ def read_block_size(page: str) -> int | None:
     for sample in _SAMPLE.finditer(page):
         if sample["name"] == "vllm:cache_config_info":
             size = dict(_LABEL.findall(sample["labels"] or "")).get("block_size", "")
-            return int(size) if size.isdigit() and int(size) > 0 else None
+            return int(size) if size.isdecimal() and int(size) > 0 else None
     return None
 
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return 0.0
+    return value if math.isfinite(value) else 0.0

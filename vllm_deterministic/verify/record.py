@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 Status = Literal["identical", "diverged", "error", "interrupted"]
 EXIT_CODES: dict[Status, int] = {"identical": 0, "diverged": 1, "error": 2, "interrupted": 2}
@@ -66,7 +66,7 @@ class VariantRecord(_Part):
     output_digest: str = Field(description="SHA-256 of token ids (or text) and finish reasons")
     logprob_digest: str = Field(description="SHA-256 of the same and of the bits of all logprobs")
     count: int = Field(description="answers of this arm; 0 for a reference that only an earlier arm saw")
-    choices: list[ChoiceRecord]
+    choices: list[ChoiceRecord] = Field(description="empty beyond the 100 most frequent variants of a request")
     difference: DifferenceRecord | None = Field(description="null for the reference")
     requests: list[DivergentRequest] = Field(description="empty for the reference")
 

@@ -4,9 +4,10 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from vllm_deterministic.verify.client import CannotRun, Client, Rejected
+from vllm_deterministic.verify.completion import Completion
 from vllm_deterministic.verify.journal import ArmJournal, Exchange
 from vllm_deterministic.verify.metrics import Counters, read_counters
 from vllm_deterministic.verify.progress import Progress
@@ -39,7 +40,7 @@ class Sender:
                 if before is not None and after is not None:
                     arm.count(wave.phase, after - before)
                 before = after
-                wave = _next(waves, {exchange.planned.id: exchange.completion for exchange in arm.exchanges[done:]})
+                wave = _next(waves, _Answers(arm.exchanges[done:]))
             arm.complete = True
         finally:
             arm.finished_s = self._now()
@@ -87,7 +88,7 @@ class Sender:
         finished = self._now()
         if planned.compared:
             self._fastest_s = min(self._fastest_s or math.inf, finished - sent)
-        arm.exchanges.append(Exchange.of(planned, key, phase, sent, finished, completion))
+        arm.add(planned, key, phase, sent, finished, completion)
 
     def _timed(self, wave: Wave) -> Iterator[tuple[Planned, float]]:
         """Each request with its arrival in the wave: a Poisson process at a finite ``--request-rate``, else as
@@ -107,6 +108,22 @@ class Sender:
 
     def _now(self) -> float:
         return time.monotonic() - self._started
+
+
+class _Answers(Mapping[str, Completion]):
+    """The answers of compared requests by id; each is whole only while it is looked at."""
+
+    def __init__(self, exchanges: Iterable[Exchange]) -> None:
+        self._exchanges = {exchange.planned.id: exchange for exchange in exchanges if exchange.planned.compared}
+
+    def __getitem__(self, name: str) -> Completion:
+        return self._exchanges[name].whole()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._exchanges)
+
+    def __len__(self) -> int:
+        return len(self._exchanges)
 
 
 def _next(waves: Waves, answers: Answers) -> Wave | None:

@@ -81,7 +81,7 @@ def _choose_model(models: list[dict[str, Any]], settings: Settings) -> tuple[str
         )
     entry = models[names.index(settings.model) if settings.model else 0]
     limit = entry.get("max_model_len")
-    return str(entry["id"]), limit if isinstance(limit, int) else None
+    return str(entry["id"]), limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _version(text: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """What an arm sends: requests gathered in waves, free of any server or endpoint.
 
-An arm is a generator. It yields a `Wave`, gets back the answers by request id (uncompared requests that the server
-refused are missing), and may build the next wave from them. The runner alone does the sending.
+An arm is a generator. It yields a `Wave`, gets back the answers of its compared requests by id, and may build the next
+wave from them. The runner alone does the sending.
 """
 
 import hashlib
