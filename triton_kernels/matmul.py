@@ -143,7 +143,7 @@ def _launch(
         bias = bias.contiguous()
     segment_k = _segment_k(k, segments)
     segments = max(1, triton.cdiv(k, segment_k))
-    split = tile.split and segments > 1
+    split = tile.split and segments > 1 and batch == 1  # partial results have no room for a batch
     partial = x.new_empty(segments, m, n, dtype=torch.float32) if split else None
     k_major = w.stride(2) == 1 or k == 1
     tma = tile.tma and batch == 1 and _allows_tma(x[0]) and _allows_tma(w[0] if k_major else w[0].T)

@@ -129,7 +129,7 @@ MARGIN_CASES = [
 BATCHED_CASES = [
     Case(dtype, n, k, m, batch=batch, w_layout=w_layout)
     for dtype in (torch.bfloat16, torch.float32)
-    for batch, m, n, k in ((5, 33, 100, 257), (2, 130, 256, 64))
+    for batch, m, n, k in ((5, 33, 100, 257), (2, 130, 256, 64), (3, 5, 200, 4096))
     for w_layout in ("contiguous", "transposed")
 ]
 BIAS_SIZES = (1, 129, 4096)

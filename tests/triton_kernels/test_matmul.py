@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vllm_deterministic.triton_kernels import matmul as matmul_module
 from vllm_deterministic.triton_kernels.cancelling_inputs import alternating_signs, normal
 from vllm_deterministic.triton_kernels.matmul import batched_matmul, matmul
-from vllm_deterministic.triton_kernels.tiles import Tile
+from vllm_deterministic.triton_kernels.tiles import Tile, segments
 
 from . import oracles
 from .interpreter import INTERPRETED, ROUNDED, interpreting
@@ -163,6 +163,18 @@ def test_batched(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(contiguous, out)
         shared = batched_matmul(a, w[0].t().expand(batch, -1, -1), tile=PLAIN)
         assert_same_bytes(shared[-1], matmul(a[-1], w[0], tile=PLAIN), "one matrix for all")
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_a_batch_whose_tile_splits_k(dtype: torch.dtype) -> None:
+    batch, m, n, k = 3, 2, 17, 4096
+    assert segments(n, k) == 2
+    x, w, _ = _inputs(batch * m, batch * n, k, dtype)
+    a, w = x.view(batch, m, k), w.view(batch, n, k)
+    tile = Tile(16, 32, 256, warps=4, stages=1, split=True)
+    out = batched_matmul(a, w.transpose(1, 2), tile=tile)
+    for number in range(batch):
+        assert_same_bytes(out[number], matmul(a[number], w[number], tile=tile), f"matrix {number}")
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
