@@ -1,5 +1,6 @@
 """Attention of one new token a request over its 1000 keys: three ways to cut the keys and fold the parts."""
 
+import contextlib
 import math
 from collections.abc import Iterable
 from concurrent.futures import Executor
@@ -8,9 +9,10 @@ from functools import reduce
 import torch
 from torch.nn.functional import pad
 
+from vllm_deterministic import deterministic_ops
 from vllm_deterministic.triton_kernels.reference.attention import KEY_TILE, Partial, merge, split_partial
 
-from .family import Family, Inputs, Strategy
+from .family import Family, Inputs, Strategy, has_kernels
 from .inputs import mirrored, mixed
 
 KEYS = 1000
@@ -31,7 +33,10 @@ def fixed_splits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Ten
 
 
 def project(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """This project's fold: the same splits of 256, each in tiles of 64 keys, all requests in one call."""
+    """This project's fold: the same splits of 256, each in tiles of 64 keys, all requests in one call.
+
+    On a GPU its products are this project's too: the library's follow the number of requests.
+    """
     keys, lacking = k.shape[1], -k.shape[1] % SPLIT
     k, v = (pad(x, (0, 0, 0, lacking)).unflatten(1, (-1, SPLIT // KEY_TILE, 1, KEY_TILE)) for x in (k, v))
     visible = (torch.arange(keys + lacking, device=q.device) < keys).view(k.shape[1], 1, -1, 1, 1, KEY_TILE)
@@ -42,7 +47,8 @@ def project(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         split_partial(rows, k[:, split], v[:, split], visible[split].expand(len(q), -1, -1, -1, -1), min_batch)
         for split in range(k.shape[1])
     )
-    return _fold(partials).squeeze(1)
+    with deterministic_ops() if has_kernels(q.device) else contextlib.nullcontext():
+        return _fold(partials).squeeze(1)
 
 
 def _each_request(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, split: int) -> torch.Tensor:
