@@ -65,15 +65,18 @@ def _rms_norm_kernel(
             weights += (tl.load(w_ptr + column, mask=column < width, other=0.0),)
         squares += x * x
         chunks += (x,)
+    # After the last load, which would wait for them, and before the sum, which then need not wait.
+    if residual_ptr is not None:
+        for start in tl.static_range(0, width, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)[None, :]
+            inside = (row < num_rows) & (column < width)
+            total = chunks[start // COLUMNS].to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + out_row + column, total, mask=inside)
     factor = reciprocal_rms(squares, epsilon, width)
     for start in tl.static_range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
         inside = (row < num_rows) & (column < width)
-        x = chunks[start // COLUMNS]
-        # Not before: a load behind a store waits for it.
-        if residual_ptr is not None:
-            tl.store(total_ptr + out_row + column, x.to(total_ptr.dtype.element_ty), mask=inside)
-        x = x * factor
+        x = chunks[start // COLUMNS] * factor
         if w_ptr is not None:
             x = scale(x, weights[start // COLUMNS], weight_offset)
         tl.store(out_ptr + out_row + column, x.to(out_ptr.dtype.element_ty), mask=inside)

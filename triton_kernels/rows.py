@@ -34,10 +34,10 @@ class RowTile:
 def row_tile(width: int) -> RowTile:
     """The tile for rows of ``width`` elements.
 
-    Rows of up to 512 elements are two chunks, and as many share a program as make 16 elements a thread. Longer ones are
-    taken alone, in chunks of 8 or 4 elements a thread, whichever fit better: 5120 is five times 1024.
+    Rows of up to 1024 elements are two chunks, and as many share a program as make 16 elements a thread. Longer ones
+    are taken alone, in chunks of 8 or 4 elements a thread, whichever fit better: 5120 is five times 1024.
     """
-    if width <= 512:
+    if width <= 1024:
         columns = triton.next_power_of_2(width)
         return RowTile(2048 // columns, max(1, columns // 2), 4)
     warps = max(2, min(1 << (width // 512).bit_length() - 1, 16 if width <= 16384 else 32))
