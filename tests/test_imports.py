@@ -48,7 +48,7 @@ RULES = (
     Rule(CERTIFY, {"torch", "triton", "rich"}, (CERTIFY, KERNELS)),
     Rule(ATEN, {"torch", "triton"}, (ATEN, KERNELS)),
     Rule(f"{LAB}.command", BASE_INSTALL | {"torch"}, (LAB, f"{OWN}.verify")),
-    Rule(LAB, BASE_INSTALL | {"torch", "matplotlib"}, (LAB, KERNELS, f"{OWN}.verify")),
+    Rule(LAB, BASE_INSTALL | {"torch", "matplotlib"}, (LAB, ATEN, KERNELS, f"{OWN}.verify")),
     Rule(f"{SERVICE}.command", BASE_INSTALL, (SERVICE,)),
     Rule(
         SERVICE,

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch.nn.functional import pad
 
-from vllm_deterministic import deterministic_ops
+from vllm_deterministic.aten.context import deterministic_ops
 from vllm_deterministic.triton_kernels.reference.attention import KEY_TILE, Partial, merge, split_partial
 
 from .family import Family, Inputs, Strategy, has_kernels
