@@ -95,7 +95,7 @@ def latency_picture(curves: Mapping[str, tuple[ArmRecord, str]]) -> Picture:
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": name,
+                "name": html.escape(name),
                 "x": seconds,
                 "y": shares,
                 "line": {"color": color, "shape": "hv", "width": 2},
@@ -105,7 +105,8 @@ def latency_picture(curves: Mapping[str, tuple[ArmRecord, str]]) -> Picture:
     layout = _layout(260, "seconds to the whole answer", "answers, %")
     layout["yaxis"] |= {"range": [0, 101], "tickvals": [0, 25, 50, 75, 100]}
     layout["showlegend"] = len(data) > 1
-    layout["margin"]["t"] = 34  # the legend's
+    if len(data) > 1:
+        layout["margin"]["t"] = 34  # the legend's
     caption = "Compared requests alone. The further left a curve, the faster."
     return Picture("Distribution of the latency", caption, data, layout)
 
