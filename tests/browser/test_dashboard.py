@@ -17,8 +17,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """A service on one target that holds, one that does not, and one that is gone."""
     database = tmp_path_factory.mktemp("dashboard") / "runs.db"
     with (
-        FakeServer(latency_s=0.02).listen() as good,
-        FakeServer(latency_s=0.02, swap_token_beyond=2).listen() as bad,
+        FakeServer().listen() as good,
+        FakeServer(swap_token_beyond=2).listen() as bad,
         Process(database, *_targets(good=good, bad=bad, gone="http://127.0.0.1:9")) as process,
     ):
         yield process
@@ -120,4 +120,5 @@ def test_it_is_legible_and_inside_the_window(
 def test_a_service_that_is_gone_is_told(browser: Browser, service: Process) -> None:
     open_page(browser, service)
     browser.driver.execute_script("window.fetch = () => Promise.reject(new Error('no network'))")
+    browser.driver.execute_script("document.dispatchEvent(new Event('visibilitychange'))")  # asks at once
     until(browser, lambda: find(browser, "h1").text == "The service does not answer")

@@ -74,6 +74,7 @@ async def test_a_target_that_is_no_model_server_is_a_run_that_says_so(serve: Ser
     assert found["status"] == "error"
     assert url in found["message"]
     assert not targets["items"][0]["ready"]
+    assert url in targets["items"][0]["detail"] or "serves no model" in targets["items"][0]["detail"]
 
 
 async def test_a_worker_that_is_killed_is_a_run_that_says_so(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,14 +24,14 @@ async def finished(service: Running) -> list[dict[str, Any]]:
 
 async def test_it_verifies_again_and_again_and_never_beyond_its_share(serve: Serve) -> None:
     server = FakeServer(latency_s=0.02)
-    async with listening(server) as url, serve(url, every="2s", share=0.1, capacity=40) as service:
+    async with listening(server) as url, serve(url, every="1s", share=0.1, capacity=40) as service:
         async with asyncio.timeout(30):
             while len(done := await finished(service)) < 2:
                 await asyncio.sleep(0.1)
         assert {(one["status"], one["trigger"]) for one in done} == {("identical", "schedule")}
         assert server.most_in_flight == 4
         told = (await service.client.get("/v1/targets")).json()
-        assert (told["every_s"], told["scheduled_concurrency"]) == (2, 4)
+        assert (told["every_s"], told["scheduled_concurrency"]) == (1, 4)
         assert told["next_scheduled_at"] > done[0]["created_at"]
 
 

@@ -120,6 +120,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, content: str | bytes, said: str) 
         (["--target", URL, "--config", "/nowhere.yaml"], "Error: --config /nowhere.yaml: No such file"),
         (["--target", URL, "--database", "/nowhere/runs.db"], "Error: --database /nowhere/runs.db: unable to open"),
         (["--target", URL, "--host", "192.0.2.1", "--token", TOKEN], "Error: --host 192.0.2.1 --port 8090: Cannot"),
+        (["--target", URL, "--every", "1h", "--max-requests", "50"], "Error: --every: the verification would send"),
         (["--target", URL, "--port", "seven"], "Invalid value for '--port'"),
     ],
 )

@@ -65,14 +65,15 @@ function showVerdict(targets, schedule, ended) {
 function targetRow(target, ended) {
   const mine = ended.filter(run => run.targets.includes(target.name)).slice(0, KEPT);
   const latest = mine[0] && outcome(mine[0], target.name);
+  const diverged = mine.filter(run => outcome(run, target.name).status === "diverged").length;
   const strip = element("div", {className: "strip wide", role: "img"});
-  strip.setAttribute("aria-label", `Last ${plural(mine.length, "verification")}: ${mine.filter(run => outcome(run, target.name).status === "diverged").length} diverged`);
+  strip.setAttribute("aria-label", `Last ${plural(mine.length, "verification")}: ${diverged} diverged`);
   for (let blank = mine.length; blank < KEPT; blank++) strip.append(element("i", {className: "none"}));
   for (const run of [...mine].reverse()) {
     const one = outcome(run, target.name);
     strip.append(element("i", {className: one.status, title: `${new Date(run.finished_at).toLocaleString()}: ${WORDS[one.status]}. ${one.message}`}));
   }
-  const facts = [target.url, target.model, latest?.fingerprints.length ? `fingerprint ${latest.fingerprints.join(", ")}` : ""].filter(Boolean).join(" · ");
+  const facts = [diverged ? `diverged in ${diverged} of the last ${plural(mine.length, "verification")}` : "", target.url, target.model, latest?.fingerprints.length ? `fingerprint ${latest.fingerprints.join(", ")}` : ""].filter(Boolean).join(" · ");
   const row = element("div", {className: `target ${latest ? latest.status : "waiting"}`},
     element("strong", {textContent: target.name}),
     element("span", {className: "status", textContent: latest ? `${WORDS[latest.status]}, ${ago(mine[0].finished_at)}` : "not verified yet"}),

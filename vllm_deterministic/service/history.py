@@ -14,9 +14,10 @@ from typing import Self
 
 import aiosqlite
 
-from vllm_deterministic.service.schema import Status, Verification
+from vllm_deterministic.service.schema import UNFINISHED, Status, Verification
 
 _VERSION = 1
+_RECENT = 200
 _TABLES = """
 CREATE TABLE verifications (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -53,6 +54,7 @@ class History:
         self._keep_runs = keep_runs
         self._keep_days = keep_days
         self._writing = asyncio.Lock()  # one transaction at a time on the connection
+        self._recent: dict[str, str] = {}  # what clients poll, answered without a thread and a disk
 
     @classmethod
     async def open(cls, path: Path, keep_runs: int, keep_days: int) -> Self:
@@ -102,8 +104,16 @@ class History:
 
     async def get(self, id: str) -> str | None:
         """The JSON of a verification, None where there is none."""
-        row = await self._one("SELECT body FROM verifications WHERE id = ?", id)
-        return row[0] if row else None
+        if id in self._recent:
+            return self._recent[id]
+        row = await self._one("SELECT status, body FROM verifications WHERE id = ?", id)
+        if row is None:
+            return None
+        if row[0] not in UNFINISHED:  # it changes no more, and goes only by `prune`
+            self._recent[id] = row[1]
+            if len(self._recent) > _RECENT:
+                del self._recent[next(iter(self._recent))]
+        return str(row[1])
 
     async def page(
         self, limit: int, before: int | None, status: Status | None
@@ -140,6 +150,7 @@ class History:
                 "(SELECT number FROM verifications ORDER BY number DESC LIMIT 1 OFFSET ?))",
                 (oldest.timestamp(), self._keep_runs),
             )
+        self._recent.clear()
 
     async def _mark_crashed(self) -> None:
         rows = await self._all("SELECT body FROM verifications WHERE status IN ('queued', 'running')")

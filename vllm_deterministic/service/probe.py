@@ -46,10 +46,11 @@ class Probe:
         except CannotRun as error:
             return _state(target, str(error))
         models = payload.get("data") if isinstance(payload, dict) else None
-        names = [entry["id"] for entry in models if isinstance(entry, dict) and "id" in entry] if models else []
+        entries = models if isinstance(models, list) else []
+        names = [str(entry["id"]) for entry in entries if isinstance(entry, dict) and "id" in entry]
         if not names or (target.model is not None and target.model not in names):
             return _state(target, f"It serves no model {target.model or ''}".strip() + ".")
-        return TargetState(name=target.name, url=target.url, ready=True, model=target.model or str(names[0]), detail="")
+        return TargetState(name=target.name, url=target.url, ready=True, model=target.model or names[0], detail="")
 
 
 def _state(target: Target, detail: str) -> TargetState:

@@ -23,6 +23,7 @@ from vllm_deterministic.verify.record import ArmRecord, RunRecord
 from vllm_deterministic.verify.run import verify
 from vllm_deterministic.verify.settings import Settings
 
+_NICENESS = 5  # the service answers first
 _INTERVAL_S = 0.2  # between two reports of progress on one target
 
 
@@ -74,6 +75,7 @@ class _Progress:
 
 def main() -> None:
     """Do one job."""
+    os.nice(_NICENESS)
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints by mistake must not end up between the lines
     job = Job.model_validate_json(sys.stdin.buffer.readline())
