@@ -68,10 +68,11 @@ async def _read(process: asyncio.subprocess.Process, job: Job, on_progress: Call
     with contextlib.suppress(ConnectionError):
         stdin.write(job.model_dump_json().encode() + b"\n")
         await stdin.drain()
-    while line := await stdout.readline():
-        payload = json.loads(line)
-        if "results" in payload:
-            report = Report.model_validate(payload)
-            return Finished(report, {name: await stdout.readexactly(size) for name, size in report.sizes.items()})
-        on_progress(ArmProgress.model_validate(payload))
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        while line := await stdout.readline():
+            payload = json.loads(line)
+            if "results" in payload:
+                report = Report.model_validate(payload)
+                return Finished(report, {name: await stdout.readexactly(size) for name, size in report.sizes.items()})
+            on_progress(ArmProgress.model_validate(payload))
     raise WorkerDied(f"The process of the verification ended with status {await process.wait()}; see the log.")

@@ -97,7 +97,9 @@ class Runs:
         try:
             await self._history.add(verification)
         except sqlite3.Error:
-            self._queued.remove(live)
+            live.end("error", "It could not be kept.")
+            if live in self._queued:  # or else it has begun already
+                self._queued.remove(live)
             raise
         self._start_what_can()
         return live.verification
