@@ -2,7 +2,6 @@
 
 import asyncio
 import sqlite3
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -71,18 +70,15 @@ def test_two_hundred_clients_are_answered_or_told_to_wait(start: Start) -> None:
     with FakeServer().listen() as url:
         service = start("--target", url)
         known = [service.start()]
-        latencies, statuses = asyncio.run(_crowd(service.url, known))
+        statuses = asyncio.run(_crowd(service.url, known))
     assert statuses.keys() <= {"GET 200", "GET 401", "POST 202", "POST 429"}
     assert statuses["POST 429"] > 0
     assert statuses["GET 401"] > 0
-    # A machine that does other things as well is given more time than the benchmark's 50 ms.
-    assert statistics.quantiles(latencies, n=100)[98] < 1.0
     assert service.process.poll() is None
 
 
-async def _crowd(url: str, known: list[str]) -> tuple[list[float], Counter[str]]:
-    """Latencies and statuses of clients that each poll and post for some seconds."""
-    latencies: list[float] = []
+async def _crowd(url: str, known: list[str]) -> Counter[str]:
+    """Statuses of clients that each poll and post for some seconds; how fast, the benchmark tells."""
     statuses: Counter[str] = Counter()
 
     async def one(number: int, client: httpx.AsyncClient) -> None:
@@ -90,13 +86,11 @@ async def _crowd(url: str, known: list[str]) -> tuple[list[float], Counter[str]]
         token = "wrong" if number % 20 == 0 else TOKEN
         for method in ("GET", "POST", "GET") if number % 5 == 1 else ("GET", "GET"):
             path = "/v1/verifications" if method == "POST" else f"/v1/verifications/{known[0]}"
-            began = time.monotonic()
             headers = {"Authorization": f"Bearer {token}"}
             answer = await client.request(method, path, json=SMALL if method == "POST" else None, headers=headers)
-            latencies.append(time.monotonic() - began)
             statuses[f"{method} {answer.status_code}"] += 1
             await asyncio.sleep(0.5)
 
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
         await asyncio.gather(*(one(number, client) for number in range(200)))
-    return latencies, statuses
+    return statuses
