@@ -1,0 +1,255 @@
+"""Attention over a paged KV cache, one fold for decode, prefill and everything between."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .attention_kernel import attention_kernel, fold_kernel
+from .attention_plan import DEFAULT_FOLD, MOST_SHORT_ROWS, AttentionFold, AttentionPlan, AttentionTile, attention_plan
+from .launch import capability, check_device, programmatic_launch
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+DTYPES = (torch.bfloat16, torch.float16)
+_LOG2E = math.log2(math.e)
+# A tensor descriptor and how it counts: rows of a block, rows of a head, columns of a head.
+_NO_DESCRIPTOR = (None, 0, 0, 0)
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    fold: AttentionFold = DEFAULT_FOLD,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    mod_data: torch.Tensor | None = None,
+    plan: AttentionPlan | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal ``softmax(q @ k.T * scale) @ v`` of each request's last tokens over its keys, accumulated in fp32.
+
+    Invariant: keys are cut into splits of ``fold.split`` positions from position 0. In a split a softmax runs over key
+    tiles in ascending order from an empty state; splits are merged in ascending order. So a row's bytes follow its
+    query, its position and the keys and values before it (all finite): not other rows, the plan, the query lengths,
+    the block size or where blocks lie.
+
+    Nothing is read back from the device; grids and workspace follow from shapes, ``max_query_len`` and ``max_seq_len``.
+
+    Args:
+        q: ``[T, query heads, D]``, contiguous along D, bf16 or fp16, under Triton's interpreter also fp32; D is 64, 80,
+            96, 128, 192 or 256.
+        k_cache, v_cache: ``[blocks, block size, KV heads, D]``, contiguous along D, else with any strides: halves of one
+            tensor as vLLM has them. Dtype of q. Slots that hold none of a request's positions may hold anything.
+        block_table: ``[requests, columns]`` int32, the blocks of each request by position.
+        query_start_loc: ``[requests + 1]`` int32, where each request's rows of q begin; rows past the last are not
+            written.
+        seq_lens: ``[requests]`` int32, positions of each request, its query tokens being the last.
+        scale: positive factor of the products.
+        max_query_len: at least the most query tokens of a request; None takes T. A request of more is not written.
+        max_seq_len: at least the largest of ``seq_lens``; None takes what the block table holds. A longer request
+            becomes NaN.
+        fold: the order of additions, which decides the bytes.
+        window: how many positions a row sees, its own included; None for all.
+        softcap: ``softcap * tanh(score / softcap)`` takes the score's place; None for none.
+        alibi_slopes: ``[query heads]`` fp32; ``slope * (key position - query position)`` is added to a score.
+        sinks: ``[query heads]`` float; for each head a score that takes part in the softmax without a value.
+        score_mod: a Triton function ``(score, head, query position, key position, mod_data) -> score``, elementwise,
+            after the above. Padding rows have head ``query heads`` and position -1.
+        mask_mod: a Triton function ``(head, query position, key position, mod_data) -> bool``: what a row may see of
+            what it sees without.
+        mod_data: a tensor whose pointer both get; None for none.
+        plan: None takes ``attention_plan``'s. Decides speed alone.
+        out: like q with contiguous along D, else with any strides; None allocates it.
+
+    Returns:
+        ``[T, query heads, D]`` in ``q.dtype``; zeros for a row that sees nothing.
+
+    Raises:
+        ValueError: names the argument, its shape or value and what is allowed.
+    """
+    group = _check(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, fold)
+    _check_features(q, scale, window, softcap, alibi_slopes, sinks)
+    requests, block_size, kv_heads = len(seq_lens), k_cache.shape[1], k_cache.shape[2]
+    held = block_table.shape[1] * block_size
+    max_query_len = max(1, len(q)) if max_query_len is None else max_query_len
+    max_seq_len = max(1, held) if max_seq_len is None else max_seq_len
+    if max_query_len < 1 or not 1 <= max_seq_len <= max(1, held):
+        raise ValueError(
+            f"max_query_len is {max_query_len} and max_seq_len {max_seq_len}; both must be at least 1, and max_seq_len "
+            f"at most {held}, which the block table {tuple(block_table.shape)} holds in blocks of {block_size}"
+        )
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(2) != 1:
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}; {q.dtype} {tuple(q.shape)} on {q.device}, "
+            "contiguous along D, is needed"
+        )
+    if requests == 0 or q.numel() == 0 or held == 0:
+        return out
+    if plan is None:
+        plan = attention_plan(
+            head_dim=q.shape[2],
+            group=group,
+            kv_heads=kv_heads,
+            requests=requests,
+            max_query_len=max_query_len,
+            max_splits=max_splits(fold, max_seq_len, window, MOST_SHORT_ROWS // group),
+        )
+    pdl = programmatic_launch(q)
+    common = {
+        "KV_HEADS": kv_heads, "G": group, "D": q.shape[2], "DP": triton.next_power_of_2(q.shape[2]),
+        "SPLIT": fold.split, "SINKS": sinks is not None, "WINDOW": window is not None,
+        "PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": False,
+    }  # fmt: skip
+    modified = softcap is not None or alibi_slopes is not None or score_mod is not None
+
+    def launch(
+        tile: AttentionTile, programs: int, tiles: int, slots: int, partial: Sequence[Any], **options: bool
+    ) -> None:
+        by_descriptor = plan.descriptors and not options["SHORT"]
+        k, v = (_descriptor(x, fold.key_tile) if by_descriptor else None for x in (k_cache, v_cache))
+        k, v = (k, v) if k and v else (_NO_DESCRIPTOR, _NO_DESCRIPTOR)
+        attention_kernel[(programs,)](
+            q, k_cache, v_cache, k[0], v[0], block_table, query_start_loc, seq_lens, sinks, alibi_slopes, mod_data,
+            out, *partial,
+            requests, tiles, plan.parts, slots, plan.short_rows, max_seq_len,
+            _LOG2E if modified else scale * _LOG2E, scale, softcap or 0.0, window or 0,
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_table.stride(0),
+            *k_cache.stride()[:3], *v_cache.stride()[:3], *k[1:], *v[1:],
+            BLOCK_SIZE=block_size, BLOCK_M=tile.block_m, BLOCK_N=fold.key_tile, SOFTCAP=softcap is not None,
+            ALIBI=alibi_slopes is not None, SCORE_MOD=score_mod, MASK_MOD=mask_mod, DESCRIPTORS=k[0] is not None,
+            STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **common, **options,
+        )  # fmt: skip
+
+    if plan.short:
+        tiles = triton.cdiv(plan.short_rows, plan.short.block_m)
+        partials = plan.parts > 1
+        slots = max_splits(fold, max_seq_len, window, triton.cdiv(plan.short.block_m, group)) if partials else 0
+        states = requests * kv_heads * slots * plan.short_rows
+        partial = (
+            (q.new_empty(states, q.shape[2], dtype=torch.float32), *q.new_empty(2, states, dtype=torch.float32))
+            if partials
+            else (None, None, None)
+        )
+        launch(
+            plan.short, requests * tiles * plan.parts * kv_heads, tiles, slots, partial,
+            SHORT=True, PARTIALS=partials,
+        )  # fmt: skip
+        if partials:
+            fold_kernel[(requests * kv_heads * plan.short_rows,)](
+                *partial, query_start_loc, seq_lens, sinks, out, slots, plan.short_rows, max_seq_len, window or 0,
+                out.stride(0), out.stride(1), BLOCK_M=plan.short.block_m, num_warps=1, **common,
+            )  # fmt: skip
+    if plan.long:
+        tiles = len(q) * group // plan.long.block_m + requests
+        launch(plan.long, tiles * kv_heads, tiles, 0, (None, None, None), SHORT=False, PARTIALS=False)
+    return out
+
+
+def max_splits(fold: AttentionFold, max_seq_len: int, window: int | None, tokens: int) -> int:
+    """The most splits that a tile of rows of up to ``tokens`` tokens and one more sees."""
+    splits = triton.cdiv(max_seq_len, fold.split)
+    return splits if window is None else min(splits, triton.cdiv(window + tokens, fold.split) + 1)
+
+
+def _descriptor(cache: torch.Tensor, key_tile: int) -> tuple[TensorDescriptor, int, int, int] | None:
+    """Half a cache as a matrix with a slot of one head in a row, or of all; None where it cannot be read so."""
+    blocks, block_size, kv_heads, head_dim = cache.shape
+    stride_block, stride_slot, stride_head, _ = cache.stride()
+    width = triton.next_power_of_2(head_dim)
+    bytes_aligned = cache.data_ptr() % 16 == 0 and stride_slot * cache.element_size() % 16 == 0
+    if block_size % key_tile or stride_block % stride_slot or not bytes_aligned or capability(cache.device)[0] == 8:
+        return None
+    if stride_head % stride_slot == 0:
+        rows_head, columns_head, columns = stride_head // stride_slot, 0, head_dim
+    elif stride_head * kv_heads <= stride_slot and width == head_dim:
+        rows_head, columns_head, columns = 0, stride_head, stride_head * (kv_heads - 1) + head_dim
+    else:
+        return None
+    rows_block = stride_block // stride_slot
+    rows = (blocks - 1) * rows_block + (kv_heads - 1) * rows_head + block_size
+    if rows >= 2**31:
+        return None
+    descriptor = TensorDescriptor(cache, [rows, columns], [stride_slot, 1], [key_tile, width])
+    return descriptor, rows_block, rows_head, columns_head
+
+
+def _check(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    fold: AttentionFold,
+) -> int:
+    """Refuse tensors that do not fit together; the query heads to a KV head."""
+    check_device("q", q)
+    dtypes = DTYPES if q.device.type == "cuda" else (*DTYPES, torch.float32)
+    if q.dtype not in dtypes:
+        raise ValueError(f"q is {q.dtype}; {', '.join(map(str, dtypes))} are allowed on {q.device}")
+    if q.dim() != 3 or q.shape[2] not in HEAD_DIMS or q.stride(2) != 1:
+        raise ValueError(
+            f"q is {tuple(q.shape)} with strides {q.stride()}; [T, query heads, D] contiguous along D is needed, "
+            f"D one of {HEAD_DIMS}"
+        )
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype != q.dtype or cache.device != q.device:
+            raise ValueError(f"{name} is {cache.dtype} on {cache.device}, but q is {q.dtype} on {q.device}")
+        if cache.dim() != 4 or cache.shape != k_cache.shape or cache.shape[3] != q.shape[2] or cache.stride(3) != 1:
+            raise ValueError(
+                f"{name} is {tuple(cache.shape)} with strides {cache.stride()}; [blocks, block size, KV heads, "
+                f"{q.shape[2]}] contiguous along D, k_cache and v_cache alike, is needed"
+            )
+    if k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
+        raise ValueError(f"q has {q.shape[1]} heads and k_cache {k_cache.shape[2]}; they must divide")
+    if k_cache.shape[1] == 0 or fold.split % k_cache.shape[1]:
+        raise ValueError(f"a block has {k_cache.shape[1]} slots and a split {fold.split} positions; they must divide")
+    requests = len(seq_lens) if seq_lens.dim() else 0
+    shapes = {
+        "block_table": (block_table, (requests, block_table.shape[-1])),
+        "query_start_loc": (query_start_loc, (requests + 1,)),
+        "seq_lens": (seq_lens, (requests,)),
+    }
+    for name, (x, shape) in shapes.items():
+        contiguous = x.numel() == 0 or x.stride(-1) == 1
+        if x.shape != shape or x.dtype != torch.int32 or x.device != q.device or not contiguous:
+            raise ValueError(
+                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}; int32 {list(shape)} on {q.device}, contiguous "
+                "along its last dimension, is needed"
+            )
+    return q.shape[1] // k_cache.shape[2]
+
+
+def _check_features(
+    q: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be positive and finite")
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if x is not None and (x.shape != (q.shape[1],) or x.device != q.device or x.stride(0) != 1):
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} on {x.device}; [{q.shape[1]}] on {q.device}, contiguous, is needed"
+            )

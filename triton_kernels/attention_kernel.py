@@ -1,0 +1,324 @@
+"""The kernels of attention over a paged KV cache; ``attention.py`` launches them and states their invariant.
+
+The state of a softmax over some keys is ``m`` ``[R]``, the largest score in units of log 2, ``total`` ``[R, C]``, C
+equal columns of the weights' sum, and ``acc`` ``[R, D]``, the weighted sum of values. That of no keys is (-inf, 0, 0).
+Every product and sum is written out (``fma`` where one rounding is meant) and compiled without fusion of its own, so
+that two kernels compiled apart agree.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import begin
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Columns of ones that weights are multiplied by: their sum on the matrix unit follows neither warps nor layout.
+SUM_COLUMNS = tl.constexpr(16)
+# Partial states that the folding kernel reads at once.
+FOLDED_AT_ONCE = tl.constexpr(8)
+
+
+@triton.jit
+def _finite(m):
+    # Rows that see no key have the maximum -inf, and -inf minus -inf is NaN.
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def merge(m, total, acc, m_next, total_next, acc_next):
+    """The state over both sets of keys, the first of lower positions; exact where either is empty."""
+    m_both = tl.maximum(m, m_next)
+    shift = _finite(m_both)
+    a, b = tl.exp2(m - shift)[:, None], tl.exp2(m_next - shift)[:, None]
+    return m_both, tl.fma(total, a, total_next * b), tl.fma(acc, a, acc_next * b)
+
+
+@triton.jit
+def _empty(ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    return m, tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
+
+
+@triton.jit
+def _finish(m, total, acc, sinks_ptr, head, HEADS: tl.constexpr, SINKS: tl.constexpr):
+    """The attention of a folded state; zeros for a row that sees nothing."""
+    if SINKS:
+        sink = tl.load(sinks_ptr + head, mask=head < HEADS, other=float("-inf")).to(tl.float32) * LOG2E
+        one, nothing = tl.full(total.shape, 1.0, tl.float32), tl.zeros(acc.shape, tl.float32)
+        m, total, acc = merge(m, total, acc, sink, one, nothing)
+    normalizer = tl.max(total, axis=1)[:, None]
+    # Zero is added so that a sum has one zero, whatever masked values it passed.
+    return tl.where(normalizer == 0.0, 0.0, (acc + 0.0) / normalizer)
+
+
+@triton.jit
+def _split_range(first_position, last_position, window, SPLIT: tl.constexpr, WINDOW: tl.constexpr):
+    """What rows at these positions see: the first key, and the splits from one to before another."""
+    first = tl.maximum(first_position - window + 1, 0) if WINDOW else 0
+    return first, first // SPLIT, tl.cdiv(tl.maximum(last_position + 1, first), SPLIT)
+
+
+@triton.jit
+def _scores(
+    s, head, q_position, key, parameters,
+    HEADS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SCORE_MOD: tl.constexpr,
+):  # fmt: skip
+    """Scores as the model defines them, where they are more than the scaled products."""
+    _, scale, softcap, _, slopes_ptr, data_ptr = parameters
+    s *= scale
+    if SOFTCAP:
+        # The form of tanh that saturates for either sign.
+        s = softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2E / softcap)) + 1.0))
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head, mask=head < HEADS, other=0.0).to(tl.float32)
+        s += slope[:, None] * (key[None, :] - q_position[:, None]).to(tl.float32)
+    if SCORE_MOD is not None:
+        s = SCORE_MOD(s, head[:, None], q_position[:, None], key[None, :], data_ptr)
+    return s
+
+
+@triton.jit
+def _key_tile(
+    m, total, acc, n, query, keys, k, v, parameters,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SCORE_MOD: tl.constexpr, MASK_MOD: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The state after ``BLOCK_N`` more keys from position ``n`` on."""
+    q, head, q_position = query
+    first, stop, table_ptr = keys
+    factor, _, _, window, _, data_ptr = parameters
+    key, d = n + tl.arange(0, BLOCK_N), tl.arange(0, DP)
+    if DESCRIPTORS:
+        block, slot = tl.load(table_ptr + n // BLOCK_SIZE), n % BLOCK_SIZE
+        k_tile = k[1].load([block * k[4] + k[5] + slot, k[6]])
+    else:
+        inside = (key >= first) & (key < stop)
+        if BLOCK_SIZE % BLOCK_N == 0:
+            block = tl.load(table_ptr + n // BLOCK_SIZE).to(tl.int64)
+        elif MASKED:
+            # Slots past the ends may hold anything, and the table too.
+            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        else:
+            block = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
+        slot = key % BLOCK_SIZE
+        k_tile = _load_rows(k[0] + (block * k[2] + slot * k[3])[:, None] + d[None, :], inside, d, D, DP, MASKED)
+    s = tl.dot(q, k_tile.T, input_precision="ieee")
+    if SOFTCAP or ALIBI or SCORE_MOD is not None:
+        s = _scores(s, head, q_position, key, parameters, HEADS, SOFTCAP, ALIBI, SCORE_MOD)
+    if MASKED:
+        visible = key[None, :] <= q_position[:, None]
+        if WINDOW:
+            visible &= key[None, :] > q_position[:, None] - window
+        if MASK_MOD is not None:
+            visible &= MASK_MOD(head[:, None], q_position[:, None], key[None, :], data_ptr)
+        s = tl.where(visible, s, float("-inf"))
+    m_next = tl.maximum(m, tl.max(s, axis=1) * factor)
+    shift = _finite(m_next)
+    weights = tl.exp2(tl.fma(s, factor, -shift[:, None])).to(q.dtype)
+    a = tl.exp2(m - shift)[:, None]
+    ones = tl.full((BLOCK_N, SUM_COLUMNS), 1.0, q.dtype)
+    total = tl.dot(weights, ones, total * a, input_precision="ieee")
+    if DESCRIPTORS:
+        v_tile = v[1].load([block * v[4] + v[5] + slot, v[6]])
+    else:
+        v_tile = _load_rows(v[0] + (block * v[2] + slot * v[3])[:, None] + d[None, :], inside, d, D, DP, MASKED)
+    return m_next, total, tl.dot(weights, v_tile, acc * a, input_precision="ieee")
+
+
+@triton.jit
+def _load_rows(pointers, inside, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED and D != DP:
+        tile = tl.load(pointers, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+    elif D != DP:
+        tile = tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _walk(
+    start, full_start, full_stop, stop, query, keys, k, v, parameters,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SCORE_MOD: tl.constexpr,
+    MASK_MOD: tl.constexpr, WINDOW: tl.constexpr, ALL_MASKED: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The folded state over key tiles from ``start`` to before ``stop``, in ascending order.
+
+    A split begins from a fresh state and is merged where it ends; ONE_SPLIT promises that the tiles lie in one. Masks
+    are left out between ``full_start`` and ``full_stop``, where every row sees every key, unless ALL_MASKED.
+    """
+    m, total, acc = _empty(BLOCK_M, SUM_COLUMNS, DP)
+    if not ONE_SPLIT:
+        m_fold, total_fold, acc_fold = _empty(BLOCK_M, SUM_COLUMNS, DP)
+    for part in tl.static_range(2 if ALL_MASKED else 0, 3):
+        # Masked tiles at the lower end, full ones, masked ones at the upper end.
+        if part == 0:
+            begin_part, end_part = start, tl.minimum(full_start, stop)
+        elif part == 1:
+            begin_part, end_part = full_start, full_stop
+        else:
+            begin_part, end_part = start if ALL_MASKED else tl.maximum(full_start, full_stop), stop
+        if part > 0 or WINDOW:
+            for n in tl.range(begin_part, end_part, BLOCK_N, num_stages=STAGES if ALL_MASKED or part == 1 else 1):
+                m, total, acc = _key_tile(
+                    m, total, acc, n, query, keys, k, v, parameters, HEADS, D, DP, BLOCK_SIZE, BLOCK_N, SOFTCAP, ALIBI,
+                    SCORE_MOD, MASK_MOD, WINDOW, part != 1, DESCRIPTORS and part == 1,
+                )  # fmt: skip
+                if not ONE_SPLIT:  # noqa: SIM102 (the outer condition is met when compiling, the inner one when running)
+                    if (n + BLOCK_N) % SPLIT == 0:
+                        m_fold, total_fold, acc_fold = merge(m_fold, total_fold, acc_fold, m, total, acc)
+                        # The next tile scales what is left by exp2(-inf), and so begins from zeros.
+                        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if not ONE_SPLIT:
+        m, total, acc = merge(m_fold, total_fold, acc_fold, m, total, acc)
+    return m, total, acc
+
+
+@triton.jit
+def _request_of(tile, query_start_ptr, requests, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The request that a tile belongs to, and the tile's number in it.
+
+    Request r has the tiles from ``query_start[r] * G // BLOCK_M + r`` on: as many as it needs, and at most one more.
+    """
+    low, high = 0, requests
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) * G // BLOCK_M + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low, tile - (tl.load(query_start_ptr + low) * G // BLOCK_M + low)
+
+
+@triton.jit(do_not_specialize=["requests", "tiles", "parts", "slots", "short_rows", "max_seq_len", "window"])
+def attention_kernel(
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, slopes_ptr, data_ptr,
+    out_ptr, partial_ptr, partial_m_ptr, partial_total_ptr,
+    requests, tiles, parts, slots, short_rows, max_seq_len, factor, scale, softcap, window,
+    q_stride_token, q_stride_head, out_stride_token, out_stride_head, table_stride,
+    k_stride_block, k_stride_slot, k_stride_head, v_stride_block, v_stride_slot, v_stride_head,
+    k_rows_block, k_rows_head, k_columns_head, v_rows_block, v_rows_head, v_columns_head,
+    KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr, PARTIALS: tl.constexpr,
+    SINKS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    SCORE_MOD: tl.constexpr, MASK_MOD: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of a request's rows (token by token, the query heads of one KV head together) over the keys it sees.
+
+    SHORT: requests of at most ``short_rows`` rows, ``tiles`` tiles each, whose splits are dealt to ``parts`` programs;
+    with PARTIALS these write one state for each split, else ``parts`` is 1 and splits are folded here. Otherwise:
+    requests of more rows, the last of all ``tiles`` tiles first, since they see the most keys.
+    """
+    begin(PDL)
+    HEADS: tl.constexpr = KV_HEADS * G
+    kv_head, number = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
+    if SHORT:
+        part = number % parts
+        tile = number // parts % tiles
+        request = number // parts // tiles
+    else:
+        part = 0
+        request, tile = _request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M)
+    query_start = tl.load(query_start_ptr + request)
+    query_len = tl.load(query_start_ptr + request + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + request)
+    rows = query_len * G
+    if (rows > short_rows if SHORT else rows <= short_rows) or tile * BLOCK_M >= rows:
+        return
+    row, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, DP)
+    token, valid = row // G, row < rows
+    # A row past the request's last is head HEADS at position -1, which sees nothing.
+    head = tl.where(valid, kv_head * G + row % G, HEADS)
+    context = tl.minimum(seq_len, max_seq_len) - query_len
+    q_position = tl.where(valid, context + token, -1)
+    first_position = context + tile * BLOCK_M // G
+    last_position = context + (tl.minimum(tile * BLOCK_M + BLOCK_M, rows) - 1) // G
+    q_row = (query_start + token).to(tl.int64)
+    mask = valid[:, None] & (d < D)[None, :]
+    q_offset = (q_row * q_stride_token + head * q_stride_head)[:, None] + d[None, :]
+    q = tl.load(q_ptr + q_offset, mask=mask, other=0.0)
+    first, first_split, last_split = _split_range(first_position, last_position, window, SPLIT, WINDOW)
+    stop = last_position + 1
+    k = (k_ptr + kv_head.to(tl.int64) * k_stride_head, k_desc, k_stride_block, k_stride_slot,
+         k_rows_block, kv_head * k_rows_head, kv_head * k_columns_head)  # fmt: skip
+    v = (v_ptr + kv_head.to(tl.int64) * v_stride_head, v_desc, v_stride_block, v_stride_slot,
+         v_rows_block, kv_head * v_rows_head, kv_head * v_columns_head)  # fmt: skip
+    query, keys = (q, head, q_position), (first, stop, table_ptr + tl.cast(request, tl.int64) * table_stride)
+    parameters = (factor, scale, softcap, window, slopes_ptr, data_ptr)
+    start = first // BLOCK_N * BLOCK_N
+    if PARTIALS:
+        partial = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows
+        for split in tl.range(first_split + part, last_split, parts, num_stages=1):
+            m, total, acc = _walk(
+                tl.maximum(start, split * SPLIT), 0, 0, tl.minimum(stop, (split + 1) * SPLIT), query, keys, k, v,
+                parameters, HEADS, D, DP, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, SOFTCAP, ALIBI, SCORE_MOD, MASK_MOD,
+                WINDOW, True, True, False, STAGES,
+            )  # fmt: skip
+            offset = partial + (split - first_split) * short_rows + row
+            tl.store(partial_m_ptr + offset, m, mask=valid)
+            tl.store(partial_total_ptr + offset, tl.max(total, axis=1), mask=valid)
+            tl.store(partial_ptr + offset[:, None] * D + d[None, :], acc, mask=mask)
+    else:
+        if WINDOW:
+            full_start = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N) * BLOCK_N
+        else:
+            full_start = 0
+        m, total, acc = _walk(
+            start, full_start, (first_position + 1) // BLOCK_N * BLOCK_N, stop, query, keys, k, v, parameters,
+            HEADS, D, DP, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, SOFTCAP, ALIBI, SCORE_MOD, MASK_MOD, WINDOW,
+            SHORT or MASK_MOD is not None, False, DESCRIPTORS, STAGES,
+        )  # fmt: skip
+        out = _finish(m, total, acc, sinks_ptr, head, HEADS, SINKS)
+        # Longer than was promised: the table need not hold it.
+        out = tl.where(seq_len > max_seq_len, float("nan"), out)
+        out_offset = (q_row * out_stride_token + head * out_stride_head)[:, None] + d[None, :]
+        tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["slots", "short_rows", "max_seq_len", "window"])
+def fold_kernel(
+    partial_ptr, partial_m_ptr, partial_total_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, out_ptr,
+    slots, short_rows, max_seq_len, window, out_stride_token, out_stride_head,
+    KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Merge the states of one row's splits in ascending order."""
+    begin(PDL)
+    row, kv_head = tl.program_id(0) % short_rows, tl.program_id(0) // short_rows % KV_HEADS
+    request = tl.program_id(0) // short_rows // KV_HEADS
+    query_start = tl.load(query_start_ptr + request)
+    query_len = tl.load(query_start_ptr + request + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + request)
+    rows = query_len * G
+    if rows > short_rows or row >= rows:
+        return
+    context = tl.minimum(seq_len, max_seq_len) - query_len
+    # The splits that the row's tile wrote.
+    tile_row = row // BLOCK_M * BLOCK_M
+    first_position = context + tile_row // G
+    last_position = context + (tl.minimum(tile_row + BLOCK_M, rows) - 1) // G
+    _, first_split, last_split = _split_range(first_position, last_position, window, SPLIT, WINDOW)
+    count = last_split - first_split
+    one, d = tl.arange(0, 1), tl.arange(0, DP)
+    m, total, acc = _empty(1, 1, DP)
+    offset = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows + row + one
+    for slot in range(0, count, FOLDED_AT_ONCE):
+        for number in tl.static_range(FOLDED_AT_ONCE):
+            present = slot + number + one < count
+            at = offset + (slot + number) * short_rows
+            m_next = tl.load(partial_m_ptr + at, mask=present, other=float("-inf"))
+            total_next = tl.load(partial_total_ptr + at, mask=present, other=0.0)[:, None]
+            mask = present[:, None] & (d < D)[None, :]
+            acc_next = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+            m, total, acc = merge(m, total, acc, m_next, total_next, acc_next)
+    head = kv_head * G + row % G + one
+    out = _finish(m, total, acc, sinks_ptr, head, KV_HEADS * G, SINKS)
+    out = tl.where(seq_len > max_seq_len, float("nan"), out)
+    out_row = (query_start + row // G).to(tl.int64) * out_stride_token + head * out_stride_head
+    tl.store(out_ptr + out_row[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])

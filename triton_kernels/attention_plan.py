@@ -1,0 +1,106 @@
+"""What attention may choose by load, and what it may not.
+
+The fold decides bytes and follows the model alone. The plan decides speed: tiles, warps and how work is dealt follow
+the batch, and every plan of one fold gives the same bytes.
+"""
+
+from dataclasses import dataclass
+
+import triton
+
+# Rows of a request for which its splits are computed side by side.
+MOST_SHORT_ROWS = 64
+# Programs that keep a device busy, where there is as much work.
+_PROGRAMS = 2048
+# Above this splits are folded in registers: no states of splits are kept.
+WORKSPACE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class AttentionFold:
+    """The order of additions: splits of ``split`` positions from position 0, taken in tiles of ``key_tile`` keys."""
+
+    split: int
+    key_tile: int
+
+    def __post_init__(self) -> None:
+        if self.key_tile < 16 or self.key_tile & (self.key_tile - 1) or self.split < 1 or self.split % self.key_tile:
+            raise ValueError(
+                f"split is {self.split} and key_tile {self.key_tile}; key_tile must be a power of two of at least 16, "
+                "split a multiple of it"
+            )
+
+
+DEFAULT_FOLD = AttentionFold(split=512, key_tile=64)
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """What one program takes: ``block_m`` rows on ``warps`` warps; more ``stages`` load key tiles further ahead.
+
+    Loading by pointer takes two stages for a tile: its blocks' numbers come first.
+    """
+
+    block_m: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a batch is cut into programs.
+
+    Requests of up to ``short_rows`` rows (query tokens times query heads of a KV head) take the tile ``short``; each
+    tile's splits are dealt to ``parts`` programs and merged by a second kernel, or in registers where ``parts`` is 1.
+    Requests of more rows take the tile ``long``. None where there are no such requests. ``descriptors``: whether
+    ``long`` loads full key tiles by tensor descriptor where the cache allows it.
+    """
+
+    short: AttentionTile | None
+    short_rows: int
+    parts: int
+    long: AttentionTile | None
+    descriptors: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.short is None) != (self.short_rows == 0) or self.parts < 1 or self.short is self.long is None:
+            raise ValueError(f"{self} takes no request, or short_rows or parts does not fit it")
+
+
+def attention_plan(
+    *, head_dim: int, group: int, kv_heads: int, requests: int, max_query_len: int, max_splits: int
+) -> AttentionPlan:
+    """The plan for a batch, from what is known without asking the device.
+
+    Args:
+        head_dim: elements of a head.
+        group: query heads to a KV head.
+        kv_heads: KV heads.
+        requests: requests in the batch.
+        max_query_len: the most query tokens of a request.
+        max_splits: the most splits that a request's rows see.
+    """
+    rows = max_query_len * group
+    only_short = rows <= max(MOST_SHORT_ROWS, group)
+    if not only_short and requests == 1:
+        return AttentionPlan(None, 0, 1, _long_tile(head_dim))
+    # Beside long requests the short ones are taken to be decodes.
+    short_rows = rows if only_short else max(16, group)
+    block_m = min(64, max(16, triton.next_power_of_2(short_rows)))
+    short = AttentionTile(block_m, warps=4, stages=5 if head_dim <= 128 else 3)
+    tiles = requests * kv_heads * triton.cdiv(short_rows, short.block_m)
+    parts = max(1, min(max_splits, triton.cdiv(_PROGRAMS, tiles), 65535))
+    if workspace_bytes(requests, kv_heads, max_splits, short_rows, head_dim) > WORKSPACE_BYTES:
+        parts = 1
+    return AttentionPlan(short, short_rows, parts, None if only_short else _long_tile(head_dim))
+
+
+def workspace_bytes(requests: int, kv_heads: int, max_splits: int, short_rows: int, head_dim: int) -> int:
+    """Bytes of the splits' states: for each row of each split ``head_dim`` sums, a maximum and a total in fp32."""
+    return requests * kv_heads * max_splits * short_rows * (head_dim + 2) * 4
+
+
+def _long_tile(head_dim: int) -> AttentionTile:
+    if head_dim <= 128:
+        return AttentionTile(64, warps=4, stages=3)
+    return AttentionTile(64, warps=8, stages=2)
