@@ -12,9 +12,10 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_deterministic.triton_kernels import matmul as matmul_module
+from vllm_deterministic.triton_kernels import tiles
 from vllm_deterministic.triton_kernels.cancelling_inputs import alternating_signs, normal
 from vllm_deterministic.triton_kernels.matmul import batched_matmul, matmul
-from vllm_deterministic.triton_kernels.tiles import Tile, segments
+from vllm_deterministic.triton_kernels.tiles import Tile
 
 from . import oracles
 from .interpreter import INTERPRETED, ROUNDED, interpreting
@@ -168,7 +169,7 @@ def test_batched(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ROUNDED)
 def test_a_batch_whose_tile_splits_k(dtype: torch.dtype) -> None:
     batch, m, n, k = 3, 2, 17, 4096
-    assert segments(n, k) == 2
+    assert tiles.segments(n, k) == 2
     x, w, _ = _inputs(batch * m, batch * n, k, dtype)
     a, w = x.view(batch, m, k), w.view(batch, n, k)
     tile = Tile(16, 32, 256, warps=4, stages=1, split=True)
