@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-browser test-gpu test-sanitizer lint venv clean
+.PHONY: help demo test test-fast test-browser test-deploy test-gpu test-sanitizer lint venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ test-browser: $(INSTALLED) ## pages in headless Chromium; installs it from Debia
 		{ apt-get update --quiet --quiet && apt-get install --quiet --quiet --yes chromium chromium-driver; } >&2 || \
 		{ echo "chromium and chromedriver are needed, and apt-get could not install them" >&2; exit 1; }
 	@$(BIN)/python -m pytest tests/browser
+
+test-deploy: $(INSTALLED) ## manifests, Compose and alerts; installs promtool and docker-compose where they are missing
+	@command -v promtool >/dev/null && command -v docker-compose >/dev/null || \
+		{ apt-get update --quiet --quiet && apt-get install --quiet --quiet --yes prometheus docker-compose; } >&2 || \
+		{ echo "promtool and docker-compose are needed, and apt-get could not install them" >&2; exit 1; }
+	@$(BIN)/python -m pytest tests/deploy
 
 # There is no .venv for GPUs: CUDA builds of torch and vllm are the user's. -P: the package is the installed one.
 test-gpu: ## what needs an NVIDIA GPU, with the python3 that has '.[cuda,dev]' installed, about 4 minutes
