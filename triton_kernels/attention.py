@@ -53,8 +53,8 @@ def attention(
     Args:
         q: ``[T, query heads, D]``, contiguous along D, bf16 or fp16, under Triton's interpreter also fp32; D is 64, 80,
             96, 128, 192 or 256.
-        k_cache, v_cache: ``[blocks, block size, KV heads, D]``, contiguous along D, else with any strides: halves of one
-            tensor as vLLM has them. Dtype of q. Slots that hold none of a request's positions may hold anything.
+        k_cache, v_cache: ``[blocks, block size, KV heads, D]``, contiguous along D, else with any strides, as halves of
+            one tensor have. Dtype of q. Slots that hold none of a request's positions may hold anything.
         block_table: ``[requests, columns]`` int32, the blocks of each request by position.
         query_start_loc: ``[requests + 1]`` int32, where each request's rows of q begin; rows past the last are not
             written.
