@@ -10,10 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from vllm_deterministic.triton_kernels.cublaslt import Algorithm
 from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan
 
 from vllm_deterministic.certify import cache, plans
 from vllm_deterministic.certify.cache import VerdictCache
+from vllm_deterministic.certify.report import render_console
 from vllm_deterministic.certify.verdict import PlanVerdict, TileVerdict
 
 from ..triton_kernels.faults import ordered_matmul
@@ -59,6 +61,17 @@ def test_a_verdict_holds_for_its_own_plan_and_set_up_alone(kept: VerdictCache) -
     assert find(kept, dtype="bfloat16") is None
     for other in ({**IDENTITY, "gpu": "b"}, {**IDENTITY, "driver": "2"}):
         assert find(VerdictCache(other, kept.path.parent)) is None
+
+
+def test_a_verdict_on_an_algorithm_of_the_library_comes_back(kept: VerdictCache) -> None:
+    algorithm = Algorithm(66, 10, 35, 5, 0, 0, 3)
+    plan = replace(PLAN, library=((64, None), (1 << 30, algorithm)))
+    assert find(kept, plan) is None
+    verdict = replace(VERDICT, tiles=(*VERDICT.tiles, TileVerdict(algorithm, "in class")))
+    kept.add([verdict])
+    assert find(kept, plan) == verdict
+    table = render_console(IDENTITY, [verdict], {})
+    assert "cuBLASLt algorithm 66 tile 10 stages 35 cluster 5 swizzle 0 inner 0 custom 3" in table
 
 
 def test_a_verdict_over_every_m_serves_for_fewer(kept: VerdictCache) -> None:
