@@ -55,6 +55,21 @@ def random_tokens(
     return Tokens(normal(heads).to(dtype), normal(kv_heads).to(dtype), (normal(kv_heads) * exponent.exp2()).to(dtype))
 
 
+def cancelling_tokens(
+    length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, generator: torch.Generator
+) -> Tokens:
+    """A sequence at whose end all weights are equal and the values cancel but for a few small ones.
+
+    What is left is little more than fp32's rounding on the way, so that another order of additions shows in any dtype.
+    """
+    tokens = random_tokens(length, heads, kv_heads, head_dim, dtype, generator)
+    half, v = length // 2, tokens.v.clone()
+    v[-half:] = -v[:half]
+    for part in (v[:half], v[-half:]):
+        part[::5] = torch.randn(part[::5].shape, generator=generator, device=v.device).mul(2.0**-14).to(dtype)
+    return Tokens(torch.zeros_like(tokens.q), tokens.k, v)
+
+
 def whole(tokens: Tokens) -> Piece:
     return Piece(tokens, 0, len(tokens))
 

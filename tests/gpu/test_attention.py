@@ -1,0 +1,351 @@
+# ruff: noqa: E402 (torch comes with the extras alone)
+"""Attention at real sizes: a row's bytes are those of one prefill of its whole sequence, by whichever plan."""
+
+import functools
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from vllm_deterministic.triton_kernels import attention as attention_module
+from vllm_deterministic.triton_kernels.attention import attention
+from vllm_deterministic.triton_kernels.attention_plan import (
+    DEFAULT_FOLD,
+    AttentionFold,
+    AttentionPlan,
+    AttentionTile,
+    attention_plan,
+)
+
+from ..triton_kernels.attention_oracle import attention_oracle
+from ..triton_kernels.paged_requests import LAYOUTS, Piece, Tokens, cancelling_tokens, paged, random_tokens, whole
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16)
+# Unit in the last place of a result, and of a weight, whose errors average out.
+TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+LENGTH = 3 * DEFAULT_FOLD.split + 37
+POISON = 77.0
+
+
+@triton.jit
+def _bias(score, head, q_position, key, data_ptr):
+    return score + tl.load(data_ptr + head) * ((q_position - key) % 5).to(tl.float32)
+
+
+@triton.jit
+def _documents(head, q_position, key, data_ptr):
+    return (key // 700 == q_position // 700) | (key % 3 == 0)
+
+
+# What a feature asks of the kernel, given the query heads; its oracle is derived from it.
+FEATURES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "none": lambda heads: {},
+    "window": lambda heads: {"window": 600},
+    "softcap": lambda heads: {"softcap": 4.0},
+    "ALiBi": lambda heads: {"alibi_slopes": torch.logspace(-3, 0, heads, device="cuda")},
+    "sinks": lambda heads: {"sinks": torch.linspace(-3, 5, heads, device="cuda")},
+    "score_mod": lambda heads: {"score_mod": _bias, "mod_data": torch.linspace(-1, 1, heads + 1, device="cuda")},
+    "mask_mod": lambda heads: {"mask_mod": _documents},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a kernel is compiled for, but for the plan."""
+
+    dtype: torch.dtype
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 128
+    feature: str = "none"
+    block_size: int = 64
+    layout: str = LAYOUTS[0]
+    fold: AttentionFold = DEFAULT_FOLD
+
+    def plans(self) -> dict[str, AttentionPlan]:
+        """What ``attention_plan`` chooses under different loads, and for some cases other tiles."""
+        group = self.heads // self.kv_heads
+        chosen = {
+            f"{requests} of {query_len}": attention_plan(
+                head_dim=self.head_dim,
+                group=group,
+                kv_heads=self.kv_heads,
+                requests=requests,
+                max_query_len=query_len,
+                max_splits=splits,
+            )
+            for requests, query_len, splits in ((1, 4096, 8), (1, 1, 8), (4096, 1, 8), (8, 5, 8), (8, 4096, 8))
+        }
+        if self != Case(self.dtype):
+            return chosen
+        tiles = [AttentionTile(rows, warps, 3) for rows, warps in ((16, 1), (16, 2), (16, 8), (32, 4), (64, 8))]
+        chosen |= {f"{t} in registers": AttentionPlan(t, 4 * LENGTH, 1, None) for t in tiles}
+        chosen |= {f"{t}, split": AttentionPlan(t, 64, 3, AttentionTile(128, 8, 3)) for t in tiles}
+        chosen |= {f"{t}, long": AttentionPlan(None, 0, 1, t, descriptors=False) for t in tiles}
+        return chosen | {"128 rows": AttentionPlan(None, 0, 1, AttentionTile(128, 4, 2))}
+
+    def tokens(self, length: int, seed: int = 0, *, cancelling: bool = False) -> Tokens:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        make = cancelling_tokens if cancelling else random_tokens
+        return make(length, self.heads, self.kv_heads, self.head_dim, self.dtype, generator)
+
+    def attend(self, pieces: Sequence[Piece], plan: AttentionPlan | None = None, **options: Any) -> torch.Tensor:
+        """The rows of all pieces."""
+        tensors = paged(pieces, self.block_size, self.layout)
+        return attention(
+            *tensors, **({"plan": plan, "max_query_len": max(map(len, pieces))} | self.options() | options)
+        )
+
+    def options(self) -> dict[str, Any]:
+        return {"scale": self.head_dim**-0.5, "fold": self.fold} | FEATURES[self.feature](self.heads)
+
+
+HEADS = ((4, 4, 64), (5, 1, 128), (7, 1, 64), (71, 1, 64), (6, 2, 80), (4, 2, 96), (6, 2, 192), (4, 2, 256))
+CASES = [
+    *(Case(dtype) for dtype in DTYPES),
+    *(Case(torch.bfloat16, *heads) for heads in HEADS),
+    *(Case(torch.bfloat16, feature=feature) for feature in FEATURES if feature != "none"),
+    *(Case(torch.bfloat16, block_size=size, layout=layout) for size in (16, 32, 128) for layout in LAYOUTS[:2]),
+    Case(torch.bfloat16, layout=LAYOUTS[2]),
+    *(Case(torch.bfloat16, fold=AttentionFold(*fold)) for fold in ((256, 64), (1024, 128))),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+class Warmup:
+    """Compiles a kernel for each call, into Triton's cache on disk, without running it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
+
+
+def compile_part(part: int, parts: int) -> None:
+    """Compile a part of the kernels."""
+    attention_module.attention_kernel = Warmup(attention_module.attention_kernel)
+    attention_module.fold_kernel = Warmup(attention_module.fold_kernel)
+    calls = {}
+    for case in CASES:
+        for plan in case.plans().values():
+            kernels = replace(plan, short_rows=min(plan.short_rows, 1), parts=min(plan.parts, 2))
+            calls[case, kernels] = (case, plan)
+    for case, plan in list(calls.values())[part::parts]:
+        case.attend([whole(case.tokens(64))], plan)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled(device: torch.device) -> None:
+    """Compile on all cores at once: one after the other the kernels take minutes."""
+    parts = min(16, os.cpu_count() or 1)
+    root = str(Path(__file__).parents[2])
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tests.gpu.test_attention import compile_part; " + (
+        "compile_part(*map(int, sys.argv[1:]))"
+    )
+    command = [sys.executable, "-P", "-c", code, root]
+    for worker in [subprocess.Popen([*command, str(part), str(parts)]) for part in range(parts)]:
+        assert worker.wait() == 0
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bytes, compared on the device."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
+
+
+@functools.lru_cache(maxsize=4)
+def prefilled(case: Case, cancelling: bool) -> tuple[Tokens, torch.Tensor]:
+    """A sequence and its rows, prefilled alone."""
+    tokens = case.tokens(LENGTH, cancelling=cancelling)
+    return tokens, case.attend([whole(tokens)])
+
+
+def differing(case: Case, schedules: dict[str, list[Piece]], plan: AttentionPlan | None, **options: Any) -> list[str]:
+    """The schedules in which a row of the first piece's sequence has other bytes than when prefilled alone."""
+    found = []
+    for name, pieces in schedules.items():
+        tokens = pieces[0].tokens
+        expected = next(rows for t, rows in (prefilled(case, True), prefilled(case, False)) if t is tokens)
+        rows = case.attend(pieces, plan, **options).split([len(piece) for piece in pieces])
+        for piece, own in zip(pieces, rows, strict=True):
+            if piece.tokens is tokens and not same(own, expected[piece.start : piece.stop]):
+                found.append(name)
+                break
+    return found
+
+
+def schedules(case: Case, tokens: Tokens, longest: int = LENGTH) -> dict[str, list[Piece]]:
+    """Ways of asking for rows of a sequence, those of at most ``longest`` tokens of a request at once."""
+    split, length = case.fold.split, len(tokens)
+    other = case.tokens(700, seed=1)
+    ends = [*(end for end in (1, 2, 63, 64, 65, split - 1, split, split + 1, 2 * split + 1) if end < length), length]
+    cuts = sorted({0, 1, 130, split, split + 99, length - 64, length})
+    found = {
+        "decode": [Piece(tokens, end - 1, end) for end in ends],
+        "decode alone": [Piece(tokens, length - 1, length)],
+        "k + 1 tokens": [Piece(tokens, max(0, end - 5), end) for end in ends],
+        "decode among others": [
+            Piece(tokens, length - 1, length),
+            *(Piece(other, end - 1, end) for end in range(1, 700, 23)),
+        ],
+        "chunks": [Piece(tokens, start, stop) for start, stop in itertools.pairwise(cuts)],
+        "chunks among decodes": [
+            Piece(tokens, split // 2, length),
+            Piece(other, 699, 700),
+            Piece(tokens, length - 1, length),
+            Piece(other, 0, 333),
+            Piece(tokens, length - 5, length),
+        ],
+    }
+    return {name: pieces for name, pieces in found.items() if max(map(len, pieces)) <= longest}
+
+
+@each_case
+def test_rows_keep_their_bytes(case: Case) -> None:
+    for cancelling in (True, False):
+        tokens, expected = prefilled(case, cancelling)
+        assert bool(expected.isfinite().all()), "an unused slot was read"
+        for name, plan in {"by load": None, **case.plans()}.items():
+            only_short = plan is not None and plan.long is None
+            longest = plan.short_rows * case.kv_heads // case.heads if only_short else LENGTH
+            assert differing(case, schedules(case, tokens, longest), plan) == [], name
+
+
+@each_case
+def test_close_to_float64(case: Case) -> None:
+    tokens, out = prefilled(case, False)
+    options = case.options()
+    mods = {}
+    if case.feature == "score_mod":
+        data = options["mod_data"]
+        mods["score"] = lambda s, head, row, key: s + float(data[head]) * ((row - key) % 5)
+    elif case.feature == "mask_mod":
+        mods["mask"] = lambda head, row, key: (key // 700 == row // 700) | (key % 3 == 0)
+    known = {name: options.get(name) for name in ("window", "softcap", "alibi_slopes", "sinks")}
+    exact = attention_oracle(tokens, scale=options["scale"], **known, **mods)
+    error = (out.double() - exact).abs()
+    assert bool((error <= TOLERANCE[case.dtype] * (exact.abs() + exact.abs().mean())).all()), float(error.max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_faults_are_seen(dtype: torch.dtype) -> None:
+    """Splits whose size follows the number of requests, and splits merged in another order than they lie."""
+    case = Case(dtype)
+    tokens, _ = prefilled(case, True)
+    asked = {name: pieces for name, pieces in schedules(case, tokens).items() if name.startswith("decode")}
+    assert differing(case, asked, None) == []
+    for factor in (2, 0.5):
+        by_batch = replace(case.fold, split=int(case.fold.split * factor))
+        assert differing(case, asked, None, fold=by_batch) == list(asked)
+    real = attention_module.fold_kernel
+
+    class Reversed:
+        def __getitem__(self, grid: Any) -> Callable[..., Any]:
+            def launch(*args: Any, **options: Any) -> None:
+                slots, rows = args[7:9]
+                states = [x.view(-1, slots, rows, *x.shape[1:]).flip(1).flatten(0, 2) for x in args[:3]]
+                real[grid](*states, *args[3:], **options)
+
+            return launch
+
+    attention_module.fold_kernel = Reversed()
+    try:
+        assert differing(case, {"alone": asked["decode alone"]}, None) == ["alone"]
+    finally:
+        attention_module.fold_kernel = real
+
+
+def test_a_long_context() -> None:
+    """The last rows of 128k tokens, decoded and as a chunk, by each road."""
+    case = Case(torch.bfloat16, 4, 1, 128, block_size=128)
+    tokens = case.tokens(131072)
+    tensors = paged([Piece(tokens, len(tokens) - 70, len(tokens))], case.block_size)
+    q, *cache, _, lengths = tensors
+    outs = {"by load": attention(*tensors, scale=0.1)}
+    for tile in (AttentionTile(64, 4, 3), AttentionTile(128, 8, 3)):
+        outs[f"{tile}"] = attention(*tensors, scale=0.1, plan=AttentionPlan(None, 0, 1, tile))
+    assert bool(outs["by load"].isfinite().all())
+    for rows in (1, 5):
+        starts = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
+        outs[f"{rows}"] = attention(q[-rows:], *cache, starts, lengths, scale=0.1)
+    for name, out in outs.items():
+        assert same(out, outs["by load"][-len(out) :]), name
+
+
+def test_a_captured_graph_serves_any_lengths() -> None:
+    """One graph for decodes and chunks, with padding rows and requests, replayed on other lengths."""
+    case = Case(torch.bfloat16)
+    tokens, expected = prefilled(case, True)
+    rounds = (
+        [Piece(tokens, 1000, 1300), Piece(tokens, LENGTH - 1, LENGTH), Piece(tokens, 0, 40)],
+        [Piece(tokens, LENGTH - 3, LENGTH), Piece(tokens, LENGTH - 1, LENGTH)],
+        [Piece(tokens, 511, 512)],
+    )
+    requests, columns = 4, -(-LENGTH // case.block_size)
+    static_q = torch.zeros(512, case.heads, case.head_dim, dtype=case.dtype, device="cuda")
+    caches = torch.zeros(2, 64, case.block_size, case.kv_heads, case.head_dim, dtype=case.dtype, device="cuda")
+    table = torch.zeros(requests, columns, dtype=torch.int32, device="cuda")
+    starts, lengths = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (requests + 1, requests))
+    arguments = (static_q, *caches, table, starts, lengths)
+    out = torch.full_like(static_q, POISON)
+    attention(*arguments, **case.options(), out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention(*arguments, **case.options(), out=out)
+        attention(*arguments, **case.options(), out=out)
+    for pieces in rounds:
+        q, k, v, blocks, begins, ends = paged(pieces, case.block_size)
+        caches.fill_(math.nan)
+        caches[0, : len(k)], caches[1, : len(v)] = k, v
+        static_q[: len(q)] = q
+        table[: len(blocks), : blocks.shape[1]] = blocks
+        starts.fill_(len(q))
+        starts[: len(begins)] = begins
+        lengths.zero_()
+        lengths[: len(ends)] = ends
+        out.fill_(POISON)
+        graph.replay()
+        wanted = torch.cat([expected[piece.start : piece.stop] for piece in pieces])
+        assert same(out[: len(q)], wanted)
+        assert bool((out[len(q) :] == POISON).all())
+
+
+def test_nothing_is_written_but_the_output() -> None:
+    case = Case(torch.bfloat16)
+    tokens, expected = prefilled(case, False)
+    for pieces in ([Piece(tokens, LENGTH - 1, LENGTH)], [Piece(tokens, 600, LENGTH)]):
+        tensors = paged(pieces, case.block_size)
+        rows = len(tensors[0])
+        buffer = torch.full((rows + 64, case.heads + 2, case.head_dim + 16), POISON, dtype=case.dtype, device="cuda")
+        inside = buffer[32:-32, 1:-1, 8:-8]
+        attention(*tensors, **case.options(), max_query_len=rows, out=inside)
+        assert same(inside, expected[-rows:])
+        inside.fill_(POISON)
+        assert bool((buffer == POISON).all())
+
+
+def test_calls_in_a_row_do_not_disturb_each_other() -> None:
+    """Each kernel is launched before the one ahead of it ends, and workspaces lie in the same memory."""
+    case = Case(torch.bfloat16)
+    tokens, expected = prefilled(case, True)
+    asked = (LENGTH, 512, 1100, 64)
+    tensors = [paged([Piece(tokens, end - 1, end)], case.block_size) for end in asked]
+    torch.cuda.synchronize()
+    outs = [attention(*tensors[number % 4], **case.options(), max_query_len=1) for number in range(200)]
+    for number, out in enumerate(outs):
+        end = asked[number % 4]
+        assert same(out, expected[end - 1 : end]), f"repeat {number}"
