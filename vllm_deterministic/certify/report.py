@@ -61,9 +61,10 @@ def render_json(identity: Mapping[str, str], verdicts: Sequence[PlanVerdict]) ->
 
 
 def _describe(tile: Tile | Algorithm) -> str:
-    """The tile's size, then what sets it apart from a plain one; the library's numbers of an algorithm."""
+    """The tile's size, then what sets it apart from a plain one; of an algorithm the library's numbers but zeros."""
     if isinstance(tile, Algorithm):
-        return "cuBLASLt " + " ".join(f"{field.name} {getattr(tile, field.name)}" for field in fields(tile))
+        named = [field.name for field in fields(tile)[1:] if getattr(tile, field.name)]
+        return " ".join([f"cuBLASLt {tile.algorithm}", *(f"{name} {getattr(tile, name)}" for name in named)])
     extras = [field for field in fields(tile) if field.name not in _SIZE and getattr(tile, field.name) != field.default]
     words = [field.name if field.type is bool else f"{field.name} {getattr(tile, field.name)}" for field in extras]
     return " ".join([f"{tile.block_m}x{tile.block_n}x{tile.block_k}, warps {tile.warps}, stages {tile.stages}", *words])
