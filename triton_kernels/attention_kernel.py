@@ -78,6 +78,32 @@ def _scores(
 
 
 @triton.jit
+def _load_tile(
+    cache, n, block, inside, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """``[BLOCK_N, DP]`` of one head from position ``n`` on; zeros for D to DP and, if MASKED, for keys not inside.
+
+    A slot that holds no key may hold NaN, which a weight of zero would not hide.
+    """
+    pointer, descriptor, stride_block, stride_slot, rows_block, row, column = cache
+    if DESCRIPTORS:
+        tile = descriptor.load([block * rows_block + row + n % BLOCK_SIZE, column])
+    else:
+        d, slot = tl.arange(0, DP), (n + tl.arange(0, BLOCK_N)) % BLOCK_SIZE
+        pointers = pointer + (block.to(tl.int64) * stride_block + slot * stride_slot)[:, None] + d[None, :]
+        if MASKED and D != DP:
+            tile = tl.load(pointers, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        elif MASKED:
+            tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+        elif D != DP:
+            tile = tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
 def _key_tile(
     m, total, acc, n, query, keys, k, v, parameters,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -88,21 +114,15 @@ def _key_tile(
     q, head, q_position = query
     first, stop, table_ptr = keys
     factor, _, _, window, _, data_ptr = parameters
-    key, d = n + tl.arange(0, BLOCK_N), tl.arange(0, DP)
-    if DESCRIPTORS:
-        block, slot = tl.load(table_ptr + n // BLOCK_SIZE), n % BLOCK_SIZE
-        k_tile = k[1].load([block * k[4] + k[5] + slot, k[6]])
+    key = n + tl.arange(0, BLOCK_N)
+    inside = (key >= first) & (key < stop)
+    if DESCRIPTORS or BLOCK_SIZE % BLOCK_N == 0:
+        block = tl.load(table_ptr + n // BLOCK_SIZE)
+    elif MASKED:
+        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=inside, other=0)
     else:
-        inside = (key >= first) & (key < stop)
-        if BLOCK_SIZE % BLOCK_N == 0:
-            block = tl.load(table_ptr + n // BLOCK_SIZE).to(tl.int64)
-        elif MASKED:
-            # Slots past the ends may hold anything, and the table too.
-            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        else:
-            block = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
-        slot = key % BLOCK_SIZE
-        k_tile = _load_rows(k[0] + (block * k[2] + slot * k[3])[:, None] + d[None, :], inside, d, D, DP, MASKED)
+        block = tl.load(table_ptr + key // BLOCK_SIZE)
+    k_tile = _load_tile(k, n, block, inside, D, DP, BLOCK_SIZE, BLOCK_N, MASKED, DESCRIPTORS)
     s = tl.dot(q, k_tile.T, input_precision="ieee")
     if SOFTCAP or ALIBI or SCORE_MOD is not None:
         s = _scores(s, head, q_position, key, parameters, HEADS, SOFTCAP, ALIBI, SCORE_MOD)
@@ -119,24 +139,8 @@ def _key_tile(
     a = tl.exp2(m - shift)[:, None]
     ones = tl.full((BLOCK_N, SUM_COLUMNS), 1.0, q.dtype)
     total = tl.dot(weights, ones, total * a, input_precision="ieee")
-    if DESCRIPTORS:
-        v_tile = v[1].load([block * v[4] + v[5] + slot, v[6]])
-    else:
-        v_tile = _load_rows(v[0] + (block * v[2] + slot * v[3])[:, None] + d[None, :], inside, d, D, DP, MASKED)
+    v_tile = _load_tile(v, n, block, inside, D, DP, BLOCK_SIZE, BLOCK_N, MASKED, DESCRIPTORS)
     return m_next, total, tl.dot(weights, v_tile, acc * a, input_precision="ieee")
-
-
-@triton.jit
-def _load_rows(pointers, inside, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
-    if MASKED and D != DP:
-        tile = tl.load(pointers, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    elif MASKED:
-        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
-    elif D != DP:
-        tile = tl.load(pointers, mask=(d < D)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from vllm_deterministic.triton_kernels.attention_plan import (
 from vllm_deterministic.triton_kernels.reference.split_attention import split_attention
 
 from .attention_oracle import attention_oracle
-from .interpreter import INTERPRETED, ROUNDED, interpreting
+from .interpreter import INTERPRETED, interpreting
 from .invariance import assert_same_bytes
 from .oracles import assert_close
 from .paged_requests import LAYOUTS, Piece, Tokens, paged, random_tokens, whole
@@ -48,7 +48,6 @@ PLANS = {
     "short, a program a split": AttentionPlan(LARGE, 6, 100, SMALL),
     "short, in registers": AttentionPlan(SMALL, 100, 1, SMALL),
 }
-each_plan = pytest.mark.parametrize("plan", PLANS)
 SCALE = 0.2
 HEADS = 3
 SLOPES, SINKS = torch.tensor([0.5, 0.25, 0.0625]), torch.tensor([1.0, -2.0, -math.inf])
@@ -73,12 +72,12 @@ SCORES = torch.linspace(-1, 1, HEADS + 1)
 # What a feature asks of the kernel, and what of the oracle.
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "none": ({}, {}),
-    "window": ({"window": 21}, {"window": 21}),
-    "window of a whole split": ({"window": 64}, {"window": 64}),
+    "window": ({"window": 11}, {"window": 11}),
+    "window of a split": ({"window": 32}, {"window": 32}),
     "softcap": ({"softcap": 3.0}, {"softcap": 3.0}),
     "ALiBi": ({"alibi_slopes": SLOPES}, {"alibi_slopes": SLOPES}),
     "sinks": ({"sinks": SINKS}, {"sinks": SINKS}),
-    "window, softcap and sinks": 2 * ({"window": 30, "softcap": 5.0, "sinks": SINKS},),
+    "window, softcap and sinks": 2 * ({"window": 23, "softcap": 5.0, "sinks": SINKS},),
     "score_mod": (
         {"score_mod": InterpretedFunction(_relative.fn), "mod_data": SCORES},
         {"score": lambda s, head, row, key: s + float(SCORES[head]) * ((row - key) % 5)},
@@ -114,13 +113,14 @@ def _assert_rows(pieces: Sequence[Piece], expected: dict[int, torch.Tensor], wha
         assert_same_bytes(rows, expected[id(piece.tokens)][piece.start : piece.stop], f"{what}, {piece.start}:")
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("dtype", ROUNDED)
-def test_close_to_the_oracle(dtype: torch.dtype, feature: str) -> None:
+@pytest.mark.parametrize(
+    ("feature", "dtype"), [*((feature, torch.float32) for feature in FEATURES), ("sinks", torch.float16)]
+)
+def test_close_to_the_oracle(feature: str, dtype: torch.dtype) -> None:
     options, of_oracle = FEATURES[feature]
-    tokens = _tokens(75, 0, dtype)
+    tokens = _tokens(55, 0, dtype)
     expected = attention_oracle(tokens, scale=SCALE, **of_oracle)
-    (out,) = _attend([whole(tokens)], "long" if dtype == torch.float32 else "short, in registers", **options)
+    (out,) = _attend([whole(tokens)], **options)
     assert out.dtype == dtype
     assert_close(out, expected)
 
@@ -163,7 +163,7 @@ def test_layouts_and_block_sizes_keep_the_bytes(layout: str, plan: str) -> None:
         _assert_rows(pieces, expected, f"{block_size}", plan=plan, block_size=block_size, layout=layout)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_any_chunks_neighbours_blocks_and_roads(data: st.DataObject) -> None:
     feature = data.draw(st.sampled_from(sorted(FEATURES)))
@@ -193,14 +193,14 @@ def test_any_chunks_neighbours_blocks_and_roads(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(1, 1, 80), (5, 1, 96), (7, 1, 64), (6, 2, 128), (20, 1, 192), (2, 2, 256)]
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 80), (5, 1, 96), (7, 1, 64), (4, 2, 128), (20, 1, 192), (2, 2, 256)]
 )
 def test_heads_of_every_size_and_group(heads: int, kv_heads: int, head_dim: int) -> None:
-    tokens = _tokens(35, 0, torch.float32, head_dim, heads, kv_heads)
+    tokens = _tokens(33, 0, torch.float32, head_dim, heads, kv_heads)
     (prefill,) = _attend([whole(tokens)], scale=head_dim**-0.5)
     assert_close(prefill, attention_oracle(tokens, scale=head_dim**-0.5))
     for plan, layout in (("short, three programs", LAYOUTS[0]), ("short, a program a split", LAYOUTS[1])):
-        pieces = [Piece(tokens, 34, 35), Piece(tokens, 20, 22)]
+        pieces = [Piece(tokens, 32, 33), Piece(tokens, 20, 22)]
         _assert_rows(pieces, {id(tokens): prefill}, plan, plan=plan, layout=layout, block_size=32, scale=head_dim**-0.5)
 
 
@@ -264,7 +264,7 @@ def test_fault_of_merging_in_reverse_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         _assert_rows(piece, expected, "in reverse", plan="short, three programs")
 
 
-@each_plan
+@pytest.mark.parametrize("plan", ["long", "short, three programs", "short, in registers"])
 def test_only_rows_of_requests_are_written(plan: str) -> None:
     """Padding as CUDA graphs have it: rows past the last request's, and requests of no rows."""
     tokens = _tokens(70, 0)
