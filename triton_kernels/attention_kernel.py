@@ -1,61 +1,15 @@
-"""The kernels of attention over a paged KV cache; ``attention.py`` launches them and states their invariant.
-
-The state of a softmax over some keys is ``m`` ``[R]``, the largest score in units of log 2, ``total`` ``[R, C]``, C
-equal columns of the weights' sum, and ``acc`` ``[R, D]``, the weighted sum of values. That of no keys is (-inf, 0, 0).
-Every product and sum is written out (``fma`` where one rounding is meant) and compiled without fusion of its own, so
-that two kernels compiled apart agree.
-"""
+"""The kernels of attention over a paged KV cache; ``attention.py`` launches them and states their invariant."""
 
 import triton
 import triton.language as tl
 
+from .attention_fold import LOG2E, empty, finish, finite, merge, split_range
 from .rows import begin
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # Columns of ones that weights are multiplied by: their sum on the matrix unit follows neither warps nor layout.
 SUM_COLUMNS = tl.constexpr(16)
 # Partial states that the folding kernel reads at once.
 FOLDED_AT_ONCE = tl.constexpr(8)
-
-
-@triton.jit
-def _finite(m):
-    # Rows that see no key have the maximum -inf, and -inf minus -inf is NaN.
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def merge(m, total, acc, m_next, total_next, acc_next):
-    """The state over both sets of keys, the first of lower positions; exact where either is empty."""
-    m_both = tl.maximum(m, m_next)
-    shift = _finite(m_both)
-    a, b = tl.exp2(m - shift)[:, None], tl.exp2(m_next - shift)[:, None]
-    return m_both, tl.fma(total, a, total_next * b), tl.fma(acc, a, acc_next * b)
-
-
-@triton.jit
-def _empty(ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    return m, tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
-
-
-@triton.jit
-def _finish(m, total, acc, sinks_ptr, head, HEADS: tl.constexpr, SINKS: tl.constexpr):
-    """The attention of a folded state; zeros for a row that sees nothing."""
-    if SINKS:
-        sink = tl.load(sinks_ptr + head, mask=head < HEADS, other=float("-inf")).to(tl.float32) * LOG2E
-        one, nothing = tl.full(total.shape, 1.0, tl.float32), tl.zeros(acc.shape, tl.float32)
-        m, total, acc = merge(m, total, acc, sink, one, nothing)
-    normalizer = tl.max(total, axis=1)[:, None]
-    # Zero is added so that a sum has one zero, whatever masked values it passed.
-    return tl.where(normalizer == 0.0, 0.0, (acc + 0.0) / normalizer)
-
-
-@triton.jit
-def _split_range(first_position, last_position, window, SPLIT: tl.constexpr, WINDOW: tl.constexpr):
-    """What rows at these positions see: the first key, and the splits from one to before another."""
-    first = tl.maximum(first_position - window + 1, 0) if WINDOW else 0
-    return first, first // SPLIT, tl.cdiv(tl.maximum(last_position + 1, first), SPLIT)
 
 
 @triton.jit
@@ -134,7 +88,7 @@ def _key_tile(
             visible &= MASK_MOD(head[:, None], q_position[:, None], key[None, :], data_ptr)
         s = tl.where(visible, s, float("-inf"))
     m_next = tl.maximum(m, tl.max(s, axis=1) * factor)
-    shift = _finite(m_next)
+    shift = finite(m_next)
     weights = tl.exp2(tl.fma(s, factor, -shift[:, None])).to(q.dtype)
     a = tl.exp2(m - shift)[:, None]
     ones = tl.full((BLOCK_N, SUM_COLUMNS), 1.0, q.dtype)
@@ -156,9 +110,9 @@ def _walk(
     A split begins from a fresh state and is merged where it ends; ONE_SPLIT promises that the tiles lie in one. Masks
     are left out between ``full_start`` and ``full_stop``, where every row sees every key, unless ALL_MASKED.
     """
-    m, total, acc = _empty(BLOCK_M, SUM_COLUMNS, DP)
+    m, total, acc = empty(BLOCK_M, SUM_COLUMNS, DP)
     if not ONE_SPLIT:
-        m_fold, total_fold, acc_fold = _empty(BLOCK_M, SUM_COLUMNS, DP)
+        m_fold, total_fold, acc_fold = empty(BLOCK_M, SUM_COLUMNS, DP)
     for part in tl.static_range(2 if ALL_MASKED else 0, 3):
         # Masked tiles at the lower end, full ones, masked ones at the upper end.
         if part == 0:
@@ -247,7 +201,7 @@ def attention_kernel(
     mask = valid[:, None] & (d < D)[None, :]
     q_offset = (q_row * q_stride_token + head * q_stride_head)[:, None] + d[None, :]
     q = tl.load(q_ptr + q_offset, mask=mask, other=0.0)
-    first, first_split, last_split = _split_range(first_position, last_position, window, SPLIT, WINDOW)
+    first, first_split, last_split = split_range(first_position, last_position, window, SPLIT, WINDOW)
     stop = last_position + 1
     k = (k_ptr + kv_head.to(tl.int64) * k_stride_head, k_desc, k_stride_block, k_stride_slot,
          k_rows_block, kv_head * k_rows_head, kv_head * k_columns_head)  # fmt: skip
@@ -278,7 +232,7 @@ def attention_kernel(
             HEADS, D, DP, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, SOFTCAP, ALIBI, SCORE_MOD, MASK_MOD, WINDOW,
             SHORT or MASK_MOD is not None, False, DESCRIPTORS, STAGES,
         )  # fmt: skip
-        out = _finish(m, total, acc, sinks_ptr, head, HEADS, SINKS)
+        out = finish(m, total, acc, sinks_ptr, head, HEADS, SINKS)
         # Longer than was promised: the table need not hold it.
         out = tl.where(seq_len > max_seq_len, float("nan"), out)
         out_offset = (q_row * out_stride_token + head * out_stride_head)[:, None] + d[None, :]
@@ -307,10 +261,10 @@ def fold_kernel(
     tile_row = row // BLOCK_M * BLOCK_M
     first_position = context + tile_row // G
     last_position = context + (tl.minimum(tile_row + BLOCK_M, rows) - 1) // G
-    _, first_split, last_split = _split_range(first_position, last_position, window, SPLIT, WINDOW)
+    _, first_split, last_split = split_range(first_position, last_position, window, SPLIT, WINDOW)
     count = last_split - first_split
     one, d = tl.arange(0, 1), tl.arange(0, DP)
-    m, total, acc = _empty(1, 1, DP)
+    m, total, acc = empty(1, 1, DP)
     offset = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows + row + one
     for slot in range(0, count, FOLDED_AT_ONCE):
         for number in tl.static_range(FOLDED_AT_ONCE):
@@ -322,7 +276,7 @@ def fold_kernel(
             acc_next = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
             m, total, acc = merge(m, total, acc, m_next, total_next, acc_next)
     head = kv_head * G + row % G + one
-    out = _finish(m, total, acc, sinks_ptr, head, KV_HEADS * G, SINKS)
+    out = finish(m, total, acc, sinks_ptr, head, KV_HEADS * G, SINKS)
     out = tl.where(seq_len > max_seq_len, float("nan"), out)
     out_row = (query_start + row // G).to(tl.int64) * out_stride_token + head * out_stride_head
     tl.store(out_ptr + out_row[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
