@@ -8,12 +8,14 @@ torch must not keep freed memory (PYTORCH_NO_CUDA_MEMORY_CACHING=1): what lies p
 
 import argparse
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from vllm_deterministic.triton_kernels.attention import attention
 from vllm_deterministic.triton_kernels.cublaslt import cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
 from vllm_deterministic.triton_kernels.matmul import batched_matmul, matmul
@@ -67,6 +69,25 @@ def products() -> None:
             print(f"matmul {dtype} {n}x{k}, {len(plan.tiles)} tiles", flush=True)
 
 
+def attention_roads() -> None:
+    """Decodes, chunks and both in one batch, over pages that hold less than a block in the end."""
+    head_dim, block_size, lengths = 128, 16, (1, 37, 600, 1100)
+    blocks = [-(-length // block_size) for length in lengths]
+    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32, device=DEVICE)
+    numbers = iter(range(sum(blocks)))
+    for row, count in zip(table, blocks, strict=True):
+        row[:count] = torch.tensor([next(numbers) for _ in range(count)])
+    k, v = (torch.randn(sum(blocks), block_size, 2, head_dim, device=DEVICE).bfloat16() for _ in range(2))
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    for queries in ((1, 1, 1, 1), (1, 37, 1, 300), (1, 3, 3, 3)):
+        start = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32, device=DEVICE)
+        q = torch.randn(sum(queries), 8, head_dim, device=DEVICE).bfloat16()
+        for window in (None, 100):
+            attention(q, k, v, table, start, seq_lens, scale=0.1, max_query_len=max(queries), window=window)
+    torch.cuda.synchronize()
+    print("attention", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plant", action="store_true", help="write one element past an output instead")
@@ -75,6 +96,7 @@ def main() -> None:
         torch.cuda.synchronize()
         return
     row_kernels()
+    attention_roads()
     products()
 
 
