@@ -78,6 +78,12 @@ async def dashboard() -> HTMLResponse:
     return HTMLResponse(_DASHBOARD.get_template("dashboard.html.j2").render(), headers=_PAGE_HEADERS)
 
 
+@router.get("/favicon.ico", include_in_schema=False)
+async def favicon() -> Response:
+    """Nothing: browsers ask for it beside pages whose icon is inside, such as a report."""
+    return Response(status_code=204, headers={"Cache-Control": "max-age=86400"})
+
+
 @router.get("/health", tags=["operation"])
 async def health() -> Health:
     """Whether the process lives."""

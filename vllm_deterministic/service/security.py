@@ -12,7 +12,7 @@ from vllm_deterministic.service.problems import problem
 from vllm_deterministic.service.settings import ServiceSettings, is_loopback
 
 # The page at / holds no data: it asks for the token, then for the data.
-PUBLIC = frozenset({"/", "/health", "/ready", "/metrics"})
+PUBLIC = frozenset({"/", "/favicon.ico", "/health", "/ready", "/metrics"})
 _BODY_TIMEOUT_S = 10.0
 
 
