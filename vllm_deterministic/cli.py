@@ -3,6 +3,7 @@
 import typer
 
 from vllm_deterministic.certify.command import certify_command
+from vllm_deterministic.coverage_command import CONTEXT_SETTINGS, coverage_command
 from vllm_deterministic.demo import demo
 from vllm_deterministic.lab.command import lab_command
 from vllm_deterministic.report.command import report_command
@@ -24,6 +25,7 @@ app.command("demo")(demo)
 app.command("tiny-model")(tiny_model)
 app.command("verify", cls=ListCommand)(verify_command)
 app.command("certify", cls=ListCommand)(certify_command)
+app.command("coverage", context_settings=CONTEXT_SETTINGS)(coverage_command)
 app.command("lab", cls=ListCommand)(lab_command)
 app.command("report", cls=ListCommand)(report_command)
 app.command("service")(service_command)

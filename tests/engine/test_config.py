@@ -22,7 +22,13 @@ def test_help_shows_the_group_and_every_option() -> None:
     text = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).format_help()
     for word in ("The same request gives the same tokens", "--enable-deterministic", "--deterministic-kv-split"):
         assert word in text
-    for option in ("--deterministic-allow-untested", "--deterministic-default-seed"):
+    for option in (
+        "--deterministic-allow-untested",
+        "--deterministic-allow-uncovered",
+        "--deterministic-coverage-file FILE",
+        "--deterministic-default-seed",
+        "--deterministic-fingerprint-weights {content,headers}",
+    ):
         assert option in text
     assert "plugin-version" not in text
 
@@ -78,7 +84,11 @@ def test_compiled_code_is_never_shared(qwen3: Path) -> None:
     [
         ("yes", "must be true or an object of settings"),
         ({"kv_split": 100}, "'kv_split' is 100: must be one of 64, 128, 256, 512, 1024"),
-        ({"split": 256}, "unknown deterministic setting 'split'; known are kv_split, default_seed, allow_untested"),
+        (
+            {"split": 256},
+            "unknown deterministic setting 'split'; known are kv_split, default_seed, allow_untested, "
+            "allow_uncovered, coverage_file, fingerprint_weights",
+        ),
         ({"default_seed": -1}, "'default_seed' is -1"),
     ],
 )

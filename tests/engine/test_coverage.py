@@ -1,8 +1,6 @@
 """What is not covered is refused before the engine starts, with the cause and the way out."""
 
 import json
-import re
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,11 @@ import pytest
 import torch
 import vllm
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from vllm_deterministic.engine import attention, coverage, plugin
+from vllm_deterministic.engine import attention, covered_settings, plugin
 from vllm_deterministic.engine.config import DeterministicConfig, RefusalError
+from vllm_deterministic.engine.coverage import Coverage, Entry
+from vllm_deterministic.engine.covered_settings import setting_gaps
 from vllm_deterministic.engine.devices import CPU, CUDA, current_device
 
 plugin.register()
@@ -44,6 +43,7 @@ def refusal(model: Path, **changes: Any) -> str:
         ({"model_impl": "transformers"}, "transformers"),
         ({"logits_processors": ["a.b:C"]}, "custom logits processors"),
         ({"worker_cls": "a.Worker"}, "worker class a.Worker"),
+        ({"load_format": "tensorizer"}, "load format 'tensorizer'"),
     ],
 )
 def test_refused_setting(changes: dict[str, Any], what: str, qwen3: Path) -> None:
@@ -66,6 +66,7 @@ def test_refused_architecture(name: str, config: dict[str, Any], model_folder: C
     text = refusal(folder)
     assert f"architecture {name} is not covered" in text
     assert "Qwen3ForCausalLM" in text
+    assert "To avoid it: serve it without --enable-deterministic" in text
 
 
 def test_quantized_weights_are_refused(model_folder: Callable[..., Path]) -> None:
@@ -79,8 +80,8 @@ def test_quantized_weights_are_refused(model_folder: Callable[..., Path]) -> Non
 def test_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
     with pytest.raises(RefusalError, match=r"vLLM 0\.31\.0 has not been tested; tested: 0\.32\.0.*allow-untested"):
-        coverage.check_versions(DeterministicConfig())
-    coverage.check_versions(DeterministicConfig(allow_untested=True))
+        covered_settings.check_versions(DeterministicConfig())
+    covered_settings.check_versions(DeterministicConfig(allow_untested=True))
 
 
 def test_device_that_is_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,57 +101,33 @@ def test_device_that_is_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_architecture_refused_on_a_gpu_alone(model_folder: Callable[..., Path]) -> None:
     folder = model_folder("mistral")
-    config = EngineArgs(model=str(folder), dtype="bfloat16").create_engine_config()
-    coverage.check_config(config, DeterministicConfig(), CPU)
-    with pytest.raises(RefusalError, match="architecture MistralForCausalLM is not covered on this device"):
-        coverage.check_config(config, DeterministicConfig(), CUDA)
+    config = EngineArgs(model=str(folder), dtype="bfloat16", block_size=16).create_engine_config()
+    assert setting_gaps(config, DeterministicConfig(), CPU) == ()
+    gap, runner = setting_gaps(config, DeterministicConfig(), CUDA)
+    assert runner.name == "model runner V1"
+    assert gap.name == "architecture MistralForCausalLM"
+    assert "covered on this device are LlamaForCausalLM, Qwen3ForCausalLM" in gap.refusal
 
 
 @pytest.mark.parametrize(
     ("changes", "settings", "what"),
     [
-        ({"dtype": "float32"}, {}, "dtype float32 is not covered on this device; covered: bfloat16, float16"),
+        ({"dtype": "float32"}, {}, "dtype float32 is not covered"),
         ({"block_size": 64}, {}, "block size 64 is not covered: --block-size must be a power of two from 16 to 32"),
-        ({}, {"kv_split": 512}, "--deterministic-kv-split has no effect on a GPU yet"),
-        ({}, {}, "only model runner V2 is covered"),
+        ({}, {"kv_split": 512}, "--deterministic-kv-split is not covered: attention on a GPU does not split yet"),
     ],
 )
 def test_refused_on_a_gpu(changes: dict[str, Any], settings: dict[str, Any], what: str, qwen3: Path) -> None:
     config = EngineArgs(model=str(qwen3), **{"dtype": "bfloat16", "block_size": 16, **changes}).create_engine_config()
-    config.parallel_config.worker_cls = CUDA.vllm_worker
-    with pytest.raises(RefusalError, match=re.escape(what)):
-        coverage.check_config(config, DeterministicConfig(**settings), CUDA)
+    gap, runner = setting_gaps(config, DeterministicConfig(**settings), CUDA)
+    assert what in gap.refusal
+    assert runner.name == "model runner V1"
 
 
 def test_attention_backend_of_the_other_device_is_refused(qwen3: Path) -> None:
     with pytest.raises(RefusalError, match="--attention-backend TRITON_ATTN cannot be used"):
-        coverage.check_engine_args(EngineArgs(model=str(qwen3), attention_backend="TRITON_ATTN"), CUDA)
-    coverage.check_engine_args(EngineArgs(model=str(qwen3), attention_backend="FLASH_ATTN"), CUDA)
-
-
-def test_unknown_module_is_refused() -> None:
-    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.LayerNorm(8))
-    with pytest.raises(RefusalError, match="module 1 of class LayerNorm"):
-        coverage.check_model(model)
-    coverage.check_model(model[:1])
-
-
-@pytest.mark.parametrize(
-    ("batch_invariant", "version", "what"),
-    [(False, 3, "layer: FlashAttention 3, batch-invariant: False"), (True, 4, "layer: FlashAttention 4")],
-)
-def test_attention_in_more_than_one_split_is_refused(batch_invariant: bool, version: int, what: str) -> None:
-    impl = object.__new__(FlashAttentionImpl)
-    impl.batch_invariant_enabled, impl.vllm_flash_attn_version = True, 3
-    model = torch.nn.Sequential(OrderedDict(layer=torch.nn.Identity()))
-    model.layer.impl = impl
-    coverage.check_flash_attention(model)
-    impl.batch_invariant_enabled, impl.vllm_flash_attn_version = batch_invariant, version
-    with pytest.raises(RefusalError, match=what):
-        coverage.check_flash_attention(model)
-    model.layer.impl = object()
-    with pytest.raises(RefusalError, match="layer: attention by object is not covered"):
-        coverage.check_flash_attention(model)
+        covered_settings.check_engine_args(EngineArgs(model=str(qwen3), attention_backend="TRITON_ATTN"), CUDA)
+    covered_settings.check_engine_args(EngineArgs(model=str(qwen3), attention_backend="FLASH_ATTN"), CUDA)
 
 
 @pytest.mark.parametrize(
@@ -169,3 +146,54 @@ def test_refused_attention(feature: dict[str, Any], what: str) -> None:
         attention.DeterministicCPUAttentionImpl(
             num_heads=4, head_size=64, scale=0.125, num_kv_heads=2, **{"kv_cache_dtype": "auto", **feature}
         )
+
+
+COVERED = Entry("modules", "RMSNorm", covered_by="rms_norm", modules=("a.norm", "b.norm"))
+GAP = Entry("modules", "LayerNorm", modules=("c.norm",), why="it is not proven", option="leave it out")
+
+
+def test_a_gap_is_refused_unless_it_was_accepted() -> None:
+    Coverage("model", "cpu", (COVERED,)).refuse()
+    with pytest.raises(RefusalError) as refused:
+        Coverage("model", "cpu", (COVERED, GAP)).refuse()
+    assert str(refused.value) == (
+        "LayerNorm (module c.norm, 1 in all) is not covered: it is not proven. To avoid it: leave it out. "
+        "Or start without the promise: --deterministic-allow-uncovered."
+    )
+    Coverage("model", "cpu", (COVERED, GAP), allow_uncovered=True).refuse()
+
+
+def test_what_would_compute_something_else_is_refused_though_accepted(qwen3: Path) -> None:
+    accepted = {"additional_config": {"deterministic": {"allow_uncovered": True}}}
+    assert EngineArgs(model=str(qwen3), enable_lora=True, **accepted).create_engine_config() is not None
+    with pytest.raises(RefusalError, match="block size 48") as refused:
+        EngineArgs(model=str(qwen3), block_size=48, **accepted).create_engine_config()
+    assert "allow-uncovered" not in str(refused.value)
+
+
+def test_table_and_file_tell_the_same(tmp_path: Path) -> None:
+    found = Coverage("model", "cpu", (COVERED, GAP), allow_uncovered=True)
+    head, _, first, second = found.table().splitlines()
+    assert head == "coverage of model on cpu: NOT DETERMINISTIC, not covered: LayerNorm"
+    assert first.split() == ["modules", "RMSNorm", "2", "rms_norm"]
+    assert second.endswith("NOT COVERED: it is not proven")
+    path = tmp_path / "coverage.json"
+    found.write(path)
+    written = json.loads(path.read_text())
+    assert written == found.to_json()
+    assert (written["schema_version"], written["deterministic"], written["allow_uncovered"]) == (1, False, True)
+    assert [entry["covered_by"] for entry in written["entries"]] == ["rms_norm", None]
+    assert written["entries"][1]["option"] == "leave it out"
+    found.write(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["coverage.json"]
+    with pytest.raises(RefusalError, match=r"cannot write .*: No such file"):
+        found.write(tmp_path / "nowhere" / "coverage.json")
+
+
+def test_refused_settings_are_in_the_file(qwen3: Path, tmp_path: Path) -> None:
+    path = tmp_path / "coverage.json"
+    with pytest.raises(RefusalError):
+        EngineArgs(
+            model=str(qwen3), enable_lora=True, additional_config={"deterministic": {"coverage_file": str(path)}}
+        ).create_engine_config()
+    assert [entry["name"] for entry in json.loads(path.read_text())["entries"]] == ["LoRA"]

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -29,6 +29,11 @@ class DeterministicConfig(BaseModel):
     kv_split: int = Field(256, description="positions in one split of the KV cache; part of what the bytes depend on")
     default_seed: int = Field(0, ge=0, lt=1 << 31, description="base of the seeds of requests that bring none")
     allow_untested: bool = Field(False, description="start on a vLLM version that has not been tested")
+    allow_uncovered: bool = Field(False, description="start without the promise where a part is not covered")
+    coverage_file: str | None = Field(None, description="file for what covers each part of the engine, as JSON")
+    fingerprint_weights: Literal["content", "headers"] = Field(
+        "content", description="what of the weights' files the fingerprint is taken of"
+    )
     plugin_version: str = Field(__version__, description="set by the plugin: another version may give other bytes")
 
     @field_validator("kv_split")
@@ -95,11 +100,18 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     for name, field in DeterministicConfig.model_fields.items():
         if name == "plugin_version":
             continue
-        kind: dict[str, Any] = {"action": "store_true"} if field.annotation is bool else {"type": int}
         description = str(field.description)
-        default = "" if field.annotation is bool else f" Default: {field.default}."
+        default = f" Default: {field.default}." if field.default else ""
         text = f"{description[0].upper()}{description[1:]}.{default}"
-        group.add_argument(_option(name), default=argparse.SUPPRESS, help=text, **kind)
+        group.add_argument(_option(name), default=argparse.SUPPRESS, help=text, **_argument(field.annotation))
+
+
+def _argument(annotation: Any) -> dict[str, Any]:
+    if annotation is bool:
+        return {"action": "store_true"}
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    return {"type": int} if annotation is int else {"metavar": "FILE"}
 
 
 def merge_cli_args(args: argparse.Namespace) -> None:

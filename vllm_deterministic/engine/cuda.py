@@ -1,31 +1,46 @@
 """The worker of a deterministic engine on a GPU; vLLM starts it by the name that ``plugin.py`` puts in the config."""
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import torch
 import vllm.envs
 from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu_worker import Worker
 
-from . import coverage, cuda_linear, patches
+from vllm_deterministic.triton_kernels.tiles import TilePlan
+
+from . import cuda_linear, fingerprint, patches
 from . import cuda_ops as cuda_ops  # defines the operations
+from .devices import CUDA, Device
+from .worker import DeterministicWorker
 
 
-class DeterministicCUDAWorker(Worker):
+class DeterministicCUDAWorker(DeterministicWorker, Worker):
     """Switches on vLLM's guards, replaces its layers before the model is built, certifies them once it is loaded."""
 
+    kind: ClassVar[Device] = CUDA
+    sampler: ClassVar[type] = Sampler
+
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        switch_on_guards()
-        patches.apply(patches.CUDA_WORKER)
+        self.prepare()
         super().__init__(vllm_config, *args, **kwargs)
 
-    def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Load the model as vLLM does, refuse what is not covered, certify the linear layers' tiles."""
-        super().load_model(load_dummy_weights=load_dummy_weights)
-        model = self.model_runner.get_model()
-        coverage.check_model(model)
-        coverage.check_flash_attention(model)
-        cuda_linear.certify(model, self.device, self.scheduler_config.max_num_batched_tokens)
+    @staticmethod
+    def prepare() -> None:
+        """See ``DeterministicWorker``."""
+        switch_on_guards()
+        patches.apply(patches.CUDA_WORKER)
+
+    def certify(self, model: torch.nn.Module) -> Mapping[str, TilePlan]:
+        """See ``DeterministicWorker``."""
+        return cuda_linear.certify(model, self.device, self.scheduler_config.max_num_batched_tokens)
+
+    def machine_part(self) -> dict[str, Any]:
+        """See ``DeterministicWorker``."""
+        return fingerprint.cuda_part(self.device)
 
 
 def switch_on_guards() -> None:

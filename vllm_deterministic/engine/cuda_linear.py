@@ -40,8 +40,8 @@ class PlannedMatmul:
         return matmul(x, w, bias, plan=plan)
 
 
-def certify(model: torch.nn.Module, device: torch.device, max_rows: int) -> None:
-    """Certify and compile the tiles of every linear layer and of the LM head of a loaded model.
+def certify(model: torch.nn.Module, device: torch.device, max_rows: int) -> dict[str, TilePlan]:
+    """Certify and compile the tiles of every linear layer and of the LM head: the plans, by the shape of the weight.
 
     Args:
         model: with its weights on ``device``.
@@ -63,6 +63,7 @@ def certify(model: torch.nn.Module, device: torch.device, max_rows: int) -> None
         _compile_tiles(w, bias, max_rows)
     # What certifying took from torch's allocator is for the KV cache.
     torch.cuda.empty_cache()
+    return {f"{dtype} {n}x{k}": PlannedMatmul.plans[dtype, n, k] for dtype, n, k, _ in sorted(layers, key=str)}
 
 
 def _linear_layers(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

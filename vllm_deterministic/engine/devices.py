@@ -10,6 +10,7 @@ class Device:
     """One kind of device.
 
     Attributes:
+        name: cpu or cuda.
         vllm_worker, worker: class of vLLM's worker, and of the one that takes its place.
         attention_backend: vLLM's name for the one that serves.
         architectures: of models; each is held by tests on this kind of device.
@@ -18,6 +19,7 @@ class Device:
         model_runner: vLLM's version of it that is covered.
     """
 
+    name: str
     vllm_worker: str
     worker: str
     attention_backend: str
@@ -28,6 +30,7 @@ class Device:
 
 
 CPU = Device(
+    name="cpu",
     vllm_worker="vllm.v1.worker.cpu_worker.CPUWorker",
     worker="vllm_deterministic.engine.cpu.DeterministicCPUWorker",
     attention_backend="CPU_ATTN",
@@ -37,6 +40,7 @@ CPU = Device(
     model_runner=1,
 )
 CUDA = Device(
+    name="cuda",
     vllm_worker="vllm.v1.worker.gpu_worker.Worker",
     worker="vllm_deterministic.engine.cuda.DeterministicCUDAWorker",
     attention_backend="FLASH_ATTN",

@@ -38,8 +38,8 @@ class RowTiledLinear:
         return out.view(*x.shape[:-1], self.out_features)
 
 
-def tile_rows(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Put every linear layer of a loaded model on certified tiles.
+def tile_rows(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+    """Put every linear layer of a loaded model on certified tiles: their rows, by the shape of the weight.
 
     Args:
         model: after vLLM has packed its weights.
@@ -64,6 +64,7 @@ def tile_rows(model: torch.nn.Module, dtype: torch.dtype) -> None:
         layer.cpu_linear = lambda x, weight, bias, name=name: torch.ops.vllm_deterministic.linear(x, bias, name)
     for (n, k), tiles in certified.items():
         logger.info("deterministic linear N=%d K=%d: tiles of %s rows", n, k, ", ".join(map(str, tiles)))
+    return {f"{n}x{k}": tiles for (n, k), tiles in certified.items()}
 
 
 def _certify(name: str, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+    from .devices import Device
+
 
 def register() -> None:
     """Hook the flag into vLLM's command line and engine arguments; may be called any number of times."""
@@ -82,12 +84,12 @@ def _requested(engine_args: "EngineArgs") -> DeterministicConfig | None:
 
 
 def _deterministic_config(engine_args: "EngineArgs", deterministic: DeterministicConfig, create: Any) -> "VllmConfig":
-    from . import coverage, patches
+    from . import covered_settings, patches
     from .devices import CUDA, current_device
 
-    coverage.check_versions(deterministic)
+    covered_settings.check_versions(deterministic)
     device = current_device()
-    coverage.check_engine_args(engine_args, device)
+    covered_settings.check_engine_args(engine_args, device)
     if device is CUDA and engine_args.attention_config.backend is None:
         engine_args.attention_backend = device.attention_backend
     engine_args.additional_config = {
@@ -95,10 +97,30 @@ def _deterministic_config(engine_args: "EngineArgs", deterministic: Deterministi
         settings.ADDITIONAL_CONFIG_KEY: deterministic.model_dump(),
     }
     vllm_config: VllmConfig = create()
-    coverage.check_config(vllm_config, deterministic, device)
+    _check_settings(vllm_config, deterministic, device)
+    covered_settings.check_worker(vllm_config, device)
     vllm_config.parallel_config.worker_cls = device.worker
     patches.apply(patches.FRONTEND)
     return vllm_config
+
+
+def _check_settings(vllm_config: "VllmConfig", deterministic: DeterministicConfig, device: "Device") -> None:
+    from vllm.logger import init_logger
+
+    from .coverage import Coverage
+    from .covered_settings import setting_gaps
+
+    gaps = setting_gaps(vllm_config, deterministic, device)
+    model = vllm_config.model_config.model if vllm_config.model_config else ""
+    found = Coverage(model, device.name, gaps, deterministic.allow_uncovered)
+    try:
+        found.refuse()
+    except RefusalError:
+        if deterministic.coverage_file is not None:
+            found.write(deterministic.coverage_file)
+        raise
+    if gaps:
+        init_logger("vllm.deterministic").warning("%s", found.headline)
 
 
 def _exit(refusal: RefusalError) -> None:

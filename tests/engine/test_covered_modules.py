@@ -1,0 +1,174 @@
+"""The walk over a built model: every part is named with what covers it, and each planted fault is found."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM
+from vllm.config import VllmConfig
+from vllm.distributed import parallel_state
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.models import qwen3 as qwen3_model
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+from vllm.v1.sample.sampler import Sampler
+
+from vllm_deterministic.engine import covered_modules, plugin, show_coverage
+from vllm_deterministic.engine.config import RefusalError
+from vllm_deterministic.engine.coverage import Entry
+from vllm_deterministic.engine.cpu import DeterministicCPUWorker
+from vllm_deterministic.engine.devices import CPU, CUDA
+from vllm_deterministic.engine.sampling import DeterministicSampler
+
+plugin.register()
+
+
+class Built:
+    """A model as a deterministic engine builds it, without weights."""
+
+    def __init__(self, model: torch.nn.Module, config: VllmConfig) -> None:
+        self.model, self.config = model, config
+
+    def gaps(self, sampler: type = DeterministicSampler) -> list[str]:
+        entries = covered_modules.walk(self.model, self.config, sampler, CPU)
+        return [entry.refusal for entry in entries if entry.covered_by is None]
+
+
+@pytest.fixture
+def built(qwen3: Path) -> Iterator[Built]:
+    arguments = EngineArgs(model=str(qwen3), dtype="float32", additional_config={"deterministic": True})
+    config = arguments.create_engine_config()
+    DeterministicCPUWorker.prepare()
+    with show_coverage._one_rank(config):
+        yield Built(show_coverage._on_meta_device(config), config)
+
+
+def test_every_part_is_named(built: Built) -> None:
+    assert built.gaps() == []
+    entries = covered_modules.walk(built.model, built.config, DeterministicSampler, CPU)
+    assert {entry.part for entry in entries} == {
+        "model",
+        "modules",
+        "attention",
+        "sampler",
+        "collectives",
+        "compilation",
+    }
+    named = {name for entry in entries for name in entry.modules}
+    leaves = {name for name, module in built.model.named_modules() if not any(True for _ in module.children())}
+    assert leaves <= named
+    assert "model.layers.1.mlp.act_fn" in named
+
+
+class UnprovenRotation(RotaryEmbedding):
+    """A rotation that nobody has looked at; it holds another module."""
+
+
+def _unknown_layer(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    built.model.model.norm = torch.nn.LayerNorm(128)
+
+
+def _unknown_operation_around_others(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = built.model.model.layers[0].self_attn
+    # vLLM keeps the original for all models of the process.
+    attention.rotary_emb = copy.copy(attention.rotary_emb)
+    attention.rotary_emb.__class__ = UnprovenRotation
+
+
+def _norm_of_vllm(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RMSNorm, "forward_native", lambda self, x, residual=None: x)
+
+
+def _quantized_linear(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    built.model.model.layers[1].mlp.down_proj.quant_method = SimpleNamespace()
+
+
+def _other_attention(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    built.model.model.layers[1].self_attn.attn.impl = SimpleNamespace()
+
+
+def _two_ranks(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: SimpleNamespace(world_size=2))
+
+
+def _unproven_pass(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    built.config.compilation_config.pass_config.enable_qk_norm_rope_fusion = True
+
+
+def _pass_of_the_user(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    built.config.compilation_config.inductor_passes["mine"] = "a.b"
+
+
+@pytest.mark.parametrize(
+    ("plant", "what"),
+    [
+        (_unknown_layer, "LayerNorm (module model.norm, 1 in all) is not covered: it has no deterministic"),
+        (_unknown_operation_around_others, "UnprovenRotation (module model.layers.0.self_attn.rotary_emb, 1 in all)"),
+        (
+            _norm_of_vllm,
+            "RMSNorm (module model.layers.0.self_attn.q_norm, 9 in all) is not covered: its forward_native",
+        ),
+        (_quantized_linear, "RowParallelLinear (module model.layers.1.mlp.down_proj, 1 in all)"),
+        (_other_attention, "SimpleNamespace (module model.layers.1.self_attn.attn, 1 in all)"),
+        (_two_ranks, "tensor parallel group of 2 is not covered"),
+        (_unproven_pass, '--compilation-config \'{"pass_config": {"enable_qk_norm_rope_fusion": false}}\''),
+        (_pass_of_the_user, "mine is not covered"),
+    ],
+)
+def test_planted_fault_is_found(
+    plant: Callable[[Built, pytest.MonkeyPatch], None], what: str, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(built, monkeypatch)
+    (gap,) = built.gaps()
+    assert what in gap
+
+
+def test_sampler_of_vllm_is_found(built: Built) -> None:
+    (gap,) = built.gaps(sampler=Sampler)
+    assert gap.startswith("Sampler is not covered: it is not the deterministic one")
+
+
+def _attention_entry(impl: Any) -> Entry:
+    layer = object.__new__(covered_modules.Attention)
+    torch.nn.Module.__init__(layer)
+    layer.impl = impl
+    (entry,) = covered_modules.module_entries(torch.nn.Sequential(layer), CUDA)
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("batch_invariant", "version", "what"),
+    [(False, 3, "FlashAttention 3, batch-invariant: False"), (True, 4, "FlashAttention 4")],
+)
+def test_attention_in_more_than_one_split_is_found(batch_invariant: bool, version: int, what: str) -> None:
+    impl = object.__new__(FlashAttentionImpl)
+    impl.batch_invariant_enabled, impl.vllm_flash_attn_version = True, 3
+    assert _attention_entry(impl).covered_by is not None
+    impl.batch_invariant_enabled, impl.vllm_flash_attn_version = batch_invariant, version
+    assert what in _attention_entry(impl).why
+    assert "attention by object is not proven" in _attention_entry(object()).why
+
+
+class UnprovenNorm(RMSNorm):
+    """A norm that nobody has looked at."""
+
+
+def test_engine_with_an_uncovered_layer(
+    qwen3: Path, start: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(qwen3_model, "RMSNorm", UnprovenNorm)
+    with pytest.raises(RefusalError, match=r"UnprovenNorm .* is not covered: it has no deterministic implementation"):
+        start(qwen3)
+    accepted = {"allow_uncovered": True, "coverage_file": str(tmp_path / "coverage.json")}
+    engine = start(qwen3, additional_config={"deterministic": accepted})
+    coverage = json.loads(engine.collective_rpc("deterministic_coverage")[0])
+    assert not coverage["deterministic"]
+    assert [entry["name"] for entry in coverage["entries"] if entry["covered_by"] is None] == ["UnprovenNorm"]
+    assert coverage["fingerprint"]["value"].startswith("not-deterministic-")
+    assert json.loads((tmp_path / "coverage.json").read_text()) == coverage
