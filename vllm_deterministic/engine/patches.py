@@ -61,6 +61,19 @@ def _seeding(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_inputs
 
 
+def _telling_fingerprint(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def init_generate_state(engine_client: Any, state: Any, args: Any, *rest: Any, **named: Any) -> Any:
+        if DeterministicConfig.of(engine_client.vllm_config) is not None:
+            from . import responses
+
+            state.deterministic_coverage = await responses.ask_workers(engine_client)
+            args = responses.with_fingerprint(args, state.deterministic_coverage)
+        return await original(engine_client, state, args, *rest, **named)
+
+    return init_generate_state
+
+
 def _module_forward(method: str) -> Callable[[Any], Any]:
     def make(_original: Any) -> Any:
         from . import layers
@@ -95,6 +108,13 @@ FRONTEND = (
         why="vLLM draws the noise of a request without a seed from a generator that all requests share.",
         how="It gets a seed derived from --deterministic-default-seed and its prompt; n choices count up from there.",
         remove_when="vLLM lets a server set the rule by which unseeded requests are seeded.",
+    ),
+    Patch(
+        target="vllm.entrypoints.generate.api_router:init_generate_state",
+        make=_telling_fingerprint,
+        why="vLLM's system_fingerprint is a hash over its own configuration: weights, driver and tiles are not in it.",
+        how="The workers are asked for theirs before the classes are built that answer requests.",
+        remove_when="vLLM lets a plugin give the value of system_fingerprint.",
     ),
 )
 
