@@ -49,6 +49,7 @@ def test_measures_both_servers(directory: Path, fake_vllm: FakeVllm, monkeypatch
     assert summary["default"]["mixed"].items() >= {"requests": 4, "unique_logprobs": 2}.items()
     assert "unique logprob records" in result.stderr
     assert json.loads((directory / "default.json").read_text())["status"] == "diverged"
+    assert "default against deterministic" in (directory / "compared.html").read_text()
     fake_vllm.assert_gone()
 
 

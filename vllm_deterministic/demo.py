@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_deterministic.local_server import LocalServer, ServerError
-from vllm_deterministic.report.write import write_reports
+from vllm_deterministic.report.pair import Pair
+from vllm_deterministic.report.write import write_pair, write_reports
 from vllm_deterministic.tiny_model.command import write_or_exit
 from vllm_deterministic.tiny_model.config import ModelConfig
 from vllm_deterministic.verify.progress import choose_progress
@@ -77,9 +78,13 @@ def demo(
         typer.echo("Interrupted; the server is stopped.", err=True)
         raise typer.Exit(130) from None
     console.print(_table(records))
-    console.print(f"Details: {directory / 'deterministic.html'} and {directory / 'default.html'}", markup=False)
+    default, deterministic = (records[key] for key in ("default", "deterministic"))
+    pair = Pair(default, deterministic, ("default", "deterministic"))
+    write_pair(pair, [OutputSpec(kind="html", path=directory / "compared.html")])
+    pages = ", ".join(str(directory / f"{name}.html") for name in ("deterministic", "default", "compared"))
+    console.print(f"Details: {pages}", markup=False)
     typer.echo(json.dumps({side.key: _summary(records[side.key]) for side in SIDES}))
-    raise typer.Exit(records["deterministic"].exit_code)
+    raise typer.Exit(deterministic.exit_code)
 
 
 def _fastest_dtype() -> str:
