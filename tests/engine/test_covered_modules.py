@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +134,42 @@ def test_planted_fault_is_found(
 def test_sampler_of_vllm_is_found(built: Built) -> None:
     (gap,) = built.gaps(sampler=Sampler)
     assert gap.startswith("Sampler is not covered: it is not the deterministic one")
+
+
+_ON_A_GPU = """
+import os
+os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+from types import SimpleNamespace
+from vllm.v1.sample.ops import topk_topp_triton
+from vllm.v1.worker.gpu.sample import logprob
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm_deterministic.engine import covered_modules, patches
+from vllm_deterministic.engine.devices import CUDA
+
+def gaps():
+    rules = covered_modules._rules(CUDA)
+    replaced = (*covered_modules._ROTATIONS, covered_modules.layernorm.RMSNorm, covered_modules.activation.SiluAndMul)
+    found = [kind.__name__ for kind in replaced if rules[kind].missing(object.__new__(kind))]
+    methods = [SimpleNamespace(quant_method=object.__new__(kind)) for kind in covered_modules._UNQUANTIZED]
+    found += [type(m.quant_method).__name__ for m in methods if covered_modules._linear_missing_on_gpu(m)]
+    return found + [covered_modules.sampler_entry(Sampler, CUDA).why]
+
+assert len(gaps()) == 9, gaps()
+patches.apply(patches.CUDA_WORKER)
+assert gaps() == [""], gaps()
+topk_topp_triton._SPLIT_MAX_BATCH = 64
+assert gaps() == ["top-p takes another algorithm in small batches"]
+topk_topp_triton._SPLIT_MAX_BATCH, logprob.torch = 0, __import__("torch")
+assert gaps() == ["ties of top_logprobs have no order"]
+os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "1"
+patches.apply(patches.CUDA_WORKER)
+assert gaps() == ["FlashInfer's sampler is switched on"]
+"""
+
+
+def test_what_is_not_in_place_on_a_gpu_is_found(tmp_path: Path) -> None:
+    """In a process of its own, whose vLLM gets the patches of the other device."""
+    subprocess.run([sys.executable, "-c", _ON_A_GPU], check=True, cwd=tmp_path)
 
 
 def _attention_entry(impl: Any) -> Entry:

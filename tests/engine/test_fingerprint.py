@@ -11,6 +11,7 @@ import pytest
 import torch
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
+from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan
 
 from vllm_deterministic.engine import fingerprint, plugin, responses, weights
 from vllm_deterministic.engine.config import DeterministicConfig, RefusalError
@@ -96,6 +97,7 @@ def test_changed_file_changes_it(change: Callable[[Path], None], part: str, tmp_
         ({"structured_outputs_config": {"backend": "guidance"}}, "sampling"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"tiles": {"8x8": (1,)}}, "tiles"),
+        ({"tiles": {"8x8": TilePlan(8, 8, 1, ((16, Tile(16, 16, 16, 1, 1)),))}}, "tiles"),
         ({"attention": ["Other"]}, "attention"),
         ({"machine": fingerprint.cpu_part(CPUINFO.replace("fma", "fma avx512f"))}, "machine"),
         ({"machine": fingerprint.cpu_part(CPUINFO.replace("Some", "Another"))}, "machine"),
