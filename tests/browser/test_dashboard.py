@@ -1,8 +1,10 @@
 """The service's page in a real browser: locked, verifying, after a verdict; light, dark, on a phone."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
@@ -33,7 +35,26 @@ def find(browser: Browser, selector: str) -> WebElement:
 
 
 def until(browser: Browser, met: Callable[[], bool]) -> None:
-    WebDriverWait(browser.driver, 20, poll_frequency=0.05).until(lambda _: met())
+    # The page draws its lists anew whenever it hears something.
+    ignored = (StaleElementReferenceException,)
+    WebDriverWait(browser.driver, 20, poll_frequency=0.05, ignored_exceptions=ignored).until(lambda _: met())
+
+
+def click(browser: Browser, xpath: str) -> None:
+    """Click what is there once it is there."""
+
+    def clicked() -> bool:
+        browser.driver.find_element(By.XPATH, xpath).click()
+        return True
+
+    until(browser, clicked)
+
+
+def each(browser: Browser, selector: str, expression: str) -> list[Any]:
+    """The value of a JavaScript expression of every ``element``, all of one moment."""
+    script = f"return [...document.querySelectorAll(arguments[0])].map(element => {expression})"
+    values: list[Any] = browser.driver.execute_script(script, selector)
+    return values
 
 
 def open_page(browser: Browser, service: Process, *, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
@@ -65,24 +86,23 @@ def test_a_run_is_followed_live_to_its_verdict_and_its_report(browser: Browser, 
     seen: set[int] = set()
 
     def some_progress() -> bool:
-        bars = browser.driver.execute_script("return [...document.querySelectorAll('progress')].map(bar => bar.value)")
-        seen.update(bars)
+        seen.update(each(browser, "progress", "element.value"))
         return len(seen) > 4
 
     until(browser, some_progress)
     until(browser, lambda: find(browser, "h1").text == "Diverged: bad")
     assert "diverged" in browser.driver.title.lower()
-    states = [row.text for row in browser.driver.find_elements(By.CSS_SELECTOR, ".target")]
+    states = each(browser, ".target", "element.innerText")
     assert "identical," in states[0]
     assert "arms failed" in states[1]
     assert "Does not answer: Cannot connect" in states[2]
-    bars = browser.driver.find_elements(By.CSS_SELECTOR, ".target .strip i:last-child")
-    assert [bar.get_attribute("class") for bar in bars] == ["identical", "diverged", "error"]
-    assert len({bar.size["height"] for bar in bars}) == 3  # told apart without colours
+    last = ".target .strip i:last-child"
+    assert each(browser, last, "element.className") == ["identical", "diverged", "error"]
+    assert len(set(each(browser, last, "element.getBoundingClientRect().height"))) == 3  # told apart without colours
     until(browser, lambda: not find(browser, "#live").is_displayed())
 
     first = browser.driver.current_window_handle
-    browser.driver.find_element(By.XPATH, "//button[text()='bad']").click()
+    click(browser, "//button[text()='bad']")
     until(browser, lambda: len(browser.driver.window_handles) == 2)
     browser.driver.switch_to.window(next(one for one in browser.driver.window_handles if one != first))
     try:
@@ -96,8 +116,8 @@ def test_a_run_is_followed_live_to_its_verdict_and_its_report(browser: Browser, 
 def test_a_run_is_cancelled_from_the_page(browser: Browser, service: Process) -> None:
     id = service.start(targets=["good"], num_prompts=1000)
     open_page(browser, service)
-    until(browser, lambda: len(browser.driver.find_elements(By.CSS_SELECTOR, "#running button")) == 1)
-    find(browser, "#running button").click()
+    until(browser, lambda: len(each(browser, "#running button", "1")) == 1)
+    click(browser, "//*[@id='running']//button")
     service.wait(lambda: service.status(id) == "cancelled")
     until(browser, lambda: "cancelled" in find(browser, "#recent .run").text)
 
