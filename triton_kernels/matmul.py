@@ -7,6 +7,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import tiles
 from .cublaslt import Algorithm, allows, cublaslt
 from .launch import capability, check_device, programmatic_launch
 from .matmul_kernel import fold_kernel, matmul_kernel
@@ -59,23 +60,26 @@ def matmul(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}; "
             f"it must be {x.dtype} [{m}, {n}] on {x.device}, contiguous along N"
         )
-    plan = plan or _plan(x.dtype, x.device, n, k)
-    segments = plan.segments if segments is None else segments
+    if segments is None:
+        segments = plan.segments if plan else tiles.segments(n, k)
     if segments < 1:
         raise ValueError(f"segments is {segments}; K is cut into at least 1 part")
     if out.numel():
         if tile is None:
-            tile = (plan.algorithm(m) if _allows_library(rows, w, bias, out, segments) else None) or plan.tile(m)
-        if isinstance(tile, Tile):
-            _launch(rows[None], w[None], bias, out[None], tile, segments)
-        elif _allows_library(rows, w, bias, out, segments):
-            _call_library(rows, w, out, tile, segments)
-        else:
+            plan = plan or _plan(x.dtype, x.device, n, k)
+            tile = plan.algorithm(m)
+            if tile is None or not _allows_library(rows, w, bias, out, segments):
+                tile = plan.tile(m)
+        elif isinstance(tile, Algorithm) and not _allows_library(rows, w, bias, out, segments):
             raise ValueError(
                 f"{tile} of cuBLASLt cannot multiply x {tuple(x.shape)} and w {tuple(w.shape)} in {segments} segments: "
                 "it takes bf16 and fp16 on CUDA without a bias, rows contiguous and aligned to 16 bytes, segments of "
                 "one length; give a Tile"
             )
+        if isinstance(tile, Algorithm):
+            _call_library(rows, w, out, tile, segments)
+        else:
+            _launch(rows[None], w[None], bias, out[None], tile, segments)
     return out.view(*x.shape[:-1], n)
 
 

@@ -6,8 +6,9 @@ All tiles are of one bit class (``certify`` proves it on the machine at hand), s
 Only ``segments``, the number of parts that K is cut into, is part of the bytes; it follows (N, K) and never M.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -70,12 +71,11 @@ class TilePlan:
 
     def tile(self, m: int) -> Tile:
         """The tile for ``m`` rows."""
-        return next((tile for last, tile in self.ranges if m <= last), self.ranges[-1][1])
+        return _chosen(self.ranges, m)
 
     def algorithm(self, m: int) -> Algorithm | None:
         """The library's algorithm for ``m`` rows, or None where the tile is to be used."""
-        after = self.library[-1][1] if self.library else None
-        return next((algorithm for last, algorithm in self.library if m <= last), after)
+        return _chosen(self.library, m) if self.library else None
 
     @property
     def tiles(self) -> tuple[Tile | Algorithm, ...]:
@@ -105,6 +105,13 @@ class TilePlan:
         last = self.ranges[-1][0]
         library = tuple((m, None if algorithm in dropped else algorithm) for m, algorithm in self.library)
         return replace(self, ranges=(*kept[:-1], (max(last, kept[-1][0]), kept[-1][1])), library=library)
+
+
+_Choice = TypeVar("_Choice", Tile, Algorithm | None)
+
+
+def _chosen(ranges: Sequence[tuple[int, _Choice]], m: int) -> _Choice:
+    return next((choice for last, choice in ranges if m <= last), ranges[-1][1])
 
 
 def class_reference(dtype: torch.dtype) -> Tile:
