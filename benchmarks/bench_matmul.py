@@ -24,6 +24,7 @@ from gpu_timing import (
     graph_time_us,
     in_parts,
     product_flops_per_second,
+    rotated_weights,
 )
 from matmul_shapes import M_VALUES, shapes
 from vllm_deterministic.triton_kernels import matmul as matmul_module
@@ -31,7 +32,6 @@ from vllm_deterministic.triton_kernels.cublaslt import cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
 from vllm_deterministic.triton_kernels.tile_table import tile_plan
 
-WEIGHT_BYTES = 130_000_000
 LEAST_RATIO = 0.90
 # Points that are measured without programmatic launch too, and points at which vLLM's product is.
 SERIAL_MODEL, SERIAL_M = "Qwen3-8B", (1, 16, 64, 256)
@@ -104,8 +104,7 @@ def points(with_vllm: bool, bytes_per_second: float, flops_per_second: float) ->
     theirs = vllm_product() if with_vllm else None
     records: list[dict[str, Any]] = []
     for (n, k), layer in shapes().items():
-        copies = max(1, min(16, WEIGHT_BYTES // (2 * n * k)))
-        weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+        weights = rotated_weights(n, k, torch.bfloat16)
         for m in M_VALUES:
             products: dict[str, Product] = {"ours": matmul_module.matmul}
             if of_model(layer, SERIAL_MODEL) and m in SERIAL_M:

@@ -15,6 +15,10 @@ import torch
 COPY_BYTES = 1 << 28
 
 
+# Of the weights that products rotate through, past the same cache.
+WEIGHT_BYTES = 130_000_000
+
+
 class Warmup:
     """Stands in a kernel's place and compiles it for each call, into Triton's cache on disk, without running it."""
 
@@ -31,6 +35,12 @@ def in_parts(command: list[str]) -> None:
     workers = [subprocess.Popen([sys.executable, *command, f"{part}/{parts}"]) for part in range(parts)]
     for worker in workers:
         worker.wait()
+
+
+def rotated_weights(n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Random weights ``[N, K]``, so many that a product of each in turn finds none in the cache, 16 at most."""
+    copies = max(1, min(16, WEIGHT_BYTES // (n * k * dtype.itemsize)))
+    return [torch.randn(n, k, device="cuda", dtype=dtype) for _ in range(copies)]
 
 
 def graph_time_us(call: Callable[[], Any], calls: int, *, budget_us: float = 50_000, replays: int = 7) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import Warmup, environment, graph_time_us, in_parts
+from gpu_timing import Warmup, environment, graph_time_us, in_parts, rotated_weights
 from matmul_shapes import shapes
 from vllm_deterministic.triton_kernels import matmul as matmul_module
 from vllm_deterministic.triton_kernels.bit_class import mirrored, same_bytes
@@ -31,7 +31,6 @@ LAST_M = (
 )
 DTYPE = torch.bfloat16
 SUGGESTIONS = 6
-WEIGHT_BYTES = 130_000_000
 COMPARED_ROWS, COMPARED_COLUMNS = 1100, 8192
 # Few rows are multiplied between kernels of ours, which start early after a tile and not after the library.
 LIBRARY_GAIN = {m: 1.02 if m <= 64 else 1.0 for m in LAST_M}
@@ -62,8 +61,7 @@ class Shape:
         self.compared_x = mirrored(COMPARED_ROWS, plan.k, sign=-1, **rows)
         self.compared_w = mirrored(min(plan.n, COMPARED_COLUMNS), plan.k, sign=1, **rows)
         self.expected = self.product(self.compared_x, self.compared_w, class_reference(DTYPE))
-        copies = max(1, min(16, WEIGHT_BYTES // (2 * plan.n * plan.k)))
-        self.weights = [torch.randn(plan.n, plan.k, device="cuda", dtype=DTYPE) for _ in range(copies)]
+        self.weights = rotated_weights(plan.n, plan.k, DTYPE)
         self.verdicts: dict[Algorithm, bool] = {}
 
     def product(self, x: torch.Tensor, w: torch.Tensor, tile: Tile | Algorithm) -> torch.Tensor:

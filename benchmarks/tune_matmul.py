@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import Warmup, environment, graph_time_us, in_parts
+from gpu_timing import Warmup, environment, graph_time_us, in_parts, rotated_weights
 from matmul_candidates import TUNED_M, all_candidates, candidates
 from matmul_shapes import shapes
 from vllm_deterministic.triton_kernels import matmul as matmul_module
@@ -27,7 +27,6 @@ from vllm_deterministic.triton_kernels.bit_class import mirrored, same_bytes
 from vllm_deterministic.triton_kernels.tiles import Tile, class_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WEIGHT_BYTES = 130_000_000
 HUNG = "hung or crashed"
 STALLED_SECONDS, STARTING_SECONDS = 20, 60
 matmul = matmul_module.matmul
@@ -129,9 +128,8 @@ def time_all(journal: Journal) -> None:
         if (str(dtype), n, k, m) in done:
             continue
         if made_for != (dtype, n, k):
-            copies = max(1, min(16, WEIGHT_BYTES // (n * k * dtype.itemsize)))
-            weights = []
-            weights = [torch.randn(n, k, device="cuda", dtype=dtype) for _ in range(copies)]
+            weights = []  # those of the shape before go first
+            weights = rotated_weights(n, k, dtype)
             made_for = (dtype, n, k)
         x = torch.randn(m, k, device="cuda", dtype=dtype)
 
