@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from vllm_deterministic.triton_kernels.tiles import TilePlan
 
 from .verdict import PlanVerdict
+from .whole_file import write_whole
 
 logger = logging.getLogger("vllm.deterministic.certify")
 
@@ -46,17 +46,11 @@ class VerdictCache:
             if not verdict.refusal and all(tile.status != "failed" for tile in verdict.tiles):
                 known[_key(verdict)] = verdict
         content = {"identity": self.identity, "verdicts": [verdict.to_json() for verdict in known.values()]}
-        temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as temporary:
-                json.dump(content, temporary, indent=1)
-            # Workers that start together write the same file; each reads a whole one.
-            os.replace(temporary.name, self.path)
+            write_whole(self.path, json.dumps(content, indent=1))
         except OSError as error:
             logger.warning("cannot keep verdicts in %s: %s", self.path, error.strerror)
-            if temporary is not None:
-                Path(temporary.name).unlink(missing_ok=True)
 
     def _read(self) -> dict[_Key, PlanVerdict]:
         try:

@@ -5,8 +5,6 @@
 
 import io
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_deterministic import __version__
+from vllm_deterministic.certify.whole_file import write_whole
 
 from .config import RefusalError
 from .fingerprint import Fingerprint
@@ -114,12 +113,8 @@ class Coverage:
         """
         path = Path(path)
         try:
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as temporary:
-                json.dump(self.to_json(), temporary, indent=2)
-                temporary.write("\n")
-            # A temporary file is for its owner alone; this one is for whoever may read what the server writes.
-            os.chmod(temporary.name, 0o644)
-            os.replace(temporary.name, path)
+            # For whoever may read what the server writes.
+            write_whole(path, json.dumps(self.to_json(), indent=2) + "\n", mode=0o644)
         except OSError as error:
             raise RefusalError(f"--deterministic-coverage-file: cannot write {path}: {error.strerror}") from None
 

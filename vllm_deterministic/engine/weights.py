@@ -3,14 +3,13 @@
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_deterministic.certify.cache import default_directory
+from vllm_deterministic.certify.whole_file import write_whole
 
 from .config import RefusalError
 
@@ -137,9 +136,7 @@ class HashCache:
     def _keep(self, entry: Path, content: dict[str, Any]) -> None:
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False, encoding="utf-8") as temporary:
-                json.dump(content, temporary)
-            os.replace(temporary.name, entry)
+            write_whole(entry, json.dumps(content))
         except OSError as error:
             logger.warning("cannot keep the hash of weights in %s: %s", entry, error.strerror)
 

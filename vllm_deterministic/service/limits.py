@@ -55,7 +55,7 @@ def plan(request: VerificationRequest, target: Target, settings: ServiceSettings
     return Settings(
         base_url=target.url,
         model=target.model,
-        api_key=target.api_key or settings.api_key,
+        api_key=settings.key_of(target),
         request_rate=request.request_rate or math.inf,
         **given,
     )

@@ -39,7 +39,7 @@ class Probe:
             await asyncio.sleep(0.5)
 
     async def _ask(self, target: Target) -> TargetState:
-        key = target.api_key or self._settings.api_key
+        key = self._settings.key_of(target)
         try:
             async with Client(Settings(base_url=target.url, api_key=key, timeout=_TIMEOUT_S)) as client:
                 payload = await client.get_json("/v1/models")

@@ -157,6 +157,10 @@ class ServiceSettings(BaseSettings):
         """Most requests that a scheduled verification has in flight on a target: the share of its capacity."""
         return min(int(self.share * self.capacity), self.max_concurrency)
 
+    def key_of(self, target: Target) -> SecretStr | None:
+        """The key of a target: its own, or that of all."""
+        return target.api_key or self.api_key
+
     @classmethod
     def load(cls, given: dict[str, Any], config: Path | None = None) -> "ServiceSettings":
         """Settings from flags (``given``), the environment and a file, in this order.
