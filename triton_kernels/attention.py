@@ -154,7 +154,8 @@ def attention(
         if partials:
             fold_kernel[(requests * kv_heads * plan.short_rows,)](
                 *partial, query_start_loc, seq_lens, sinks, out, slots, plan.short_rows, max_seq_len, window or 0,
-                out.stride(0), out.stride(1), BLOCK_M=plan.short.block_m, num_warps=1, **common,
+                out.stride(0), out.stride(1), BLOCK_M=plan.short.block_m, AT_ONCE=_folded_at_once(slots, q.shape[2]),
+                num_warps=1, **common,
             )  # fmt: skip
     if plan.long:
         tiles = len(q) * group // plan.long.block_m + requests
@@ -166,6 +167,11 @@ def max_splits(fold: AttentionFold, max_seq_len: int, window: int | None, tokens
     """The most splits that a tile of rows of up to ``tokens`` tokens and one more sees."""
     splits = triton.cdiv(max_seq_len, fold.split)
     return splits if window is None else min(splits, triton.cdiv(window + tokens, fold.split) + 1)
+
+
+def _folded_at_once(slots: int, head_dim: int) -> int:
+    """How many states the folding kernel reads at a time: more would take too many registers."""
+    return 8 if slots <= 8 or head_dim > 128 else 32
 
 
 def _descriptor(cache: torch.Tensor, key_tile: int) -> tuple[TensorDescriptor, int, int, int] | None:

@@ -8,8 +8,6 @@ from .rows import begin
 
 # Columns of ones that weights are multiplied by: their sum on the matrix unit follows neither warps nor layout.
 SUM_COLUMNS = tl.constexpr(16)
-# Partial states that the folding kernel reads at once.
-FOLDED_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -98,20 +96,30 @@ def _key_tile(
 
 
 @triton.jit
+def _store_state(partial, split, m, total, acc, D: tl.constexpr):
+    """Keep the state of a split for the folding kernel."""
+    partial_ptr, partial_m_ptr, partial_total_ptr, first_split, short_rows, row, d, valid, mask = partial
+    offset = (split - first_split) * short_rows + row
+    tl.store(partial_m_ptr + offset, m, mask=valid)
+    tl.store(partial_total_ptr + offset, tl.max(total, axis=1), mask=valid)
+    tl.store(partial_ptr + offset[:, None] * D + d[None, :], acc, mask=mask)
+
+
+@triton.jit
 def _walk(
-    start, full_start, full_stop, stop, query, keys, k, v, parameters,
+    start, full_start, full_stop, stop, query, keys, k, v, parameters, partial,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SCORE_MOD: tl.constexpr,
-    MASK_MOD: tl.constexpr, WINDOW: tl.constexpr, ALL_MASKED: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    MASK_MOD: tl.constexpr, WINDOW: tl.constexpr, ALL_MASKED: tl.constexpr, PARTIALS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The folded state over key tiles from ``start`` to before ``stop``, in ascending order.
 
-    A split begins from a fresh state and is merged where it ends; ONE_SPLIT promises that the tiles lie in one. Masks
-    are left out between ``full_start`` and ``full_stop``, where every row sees every key, unless ALL_MASKED.
+    A split begins from a fresh state and is merged where it ends or, with PARTIALS, stored. Masks are left out between
+    ``full_start`` and ``full_stop``, where every row sees every key, unless ALL_MASKED.
     """
     m, total, acc = empty(BLOCK_M, SUM_COLUMNS, DP)
-    if not ONE_SPLIT:
+    if not PARTIALS:
         m_fold, total_fold, acc_fold = empty(BLOCK_M, SUM_COLUMNS, DP)
     for part in tl.static_range(2 if ALL_MASKED else 0, 3):
         # Masked tiles at the lower end, full ones, masked ones at the upper end.
@@ -127,12 +135,17 @@ def _walk(
                     m, total, acc, n, query, keys, k, v, parameters, HEADS, D, DP, BLOCK_SIZE, BLOCK_N, SOFTCAP, ALIBI,
                     SCORE_MOD, MASK_MOD, WINDOW, part != 1, DESCRIPTORS and part == 1,
                 )  # fmt: skip
-                if not ONE_SPLIT:  # noqa: SIM102 (the outer condition is met when compiling, the inner one when running)
-                    if (n + BLOCK_N) % SPLIT == 0:
+                if (n + BLOCK_N) % SPLIT == 0:
+                    if PARTIALS:
+                        _store_state(partial, n // SPLIT, m, total, acc, D)
+                    else:
                         m_fold, total_fold, acc_fold = merge(m_fold, total_fold, acc_fold, m, total, acc)
-                        # The next tile scales what is left by exp2(-inf), and so begins from zeros.
-                        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if not ONE_SPLIT:
+                    # The next tile scales what is left by exp2(-inf), and so begins from zeros.
+                    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if PARTIALS:
+        if tl.cdiv(stop, BLOCK_N) * BLOCK_N % SPLIT != 0:
+            _store_state(partial, stop // SPLIT, m, total, acc, D)
+    else:
         m, total, acc = merge(m_fold, total_fold, acc_fold, m, total, acc)
     return m, total, acc
 
@@ -211,24 +224,26 @@ def attention_kernel(
     parameters = (factor, scale, softcap, window, slopes_ptr, data_ptr)
     start = first // BLOCK_N * BLOCK_N
     if PARTIALS:
-        partial = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows
-        for split in tl.range(first_split + part, last_split, parts, num_stages=1):
-            m, total, acc = _walk(
-                tl.maximum(start, split * SPLIT), 0, 0, tl.minimum(stop, (split + 1) * SPLIT), query, keys, k, v,
-                parameters, HEADS, D, DP, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, SOFTCAP, ALIBI, SCORE_MOD, MASK_MOD,
-                WINDOW, True, True, False, STAGES,
+        # Splits in a row, so that loads run ahead from one to the next.
+        each = tl.cdiv(last_split - first_split, parts)
+        begin_split = first_split + part * each
+        start = tl.maximum(start, begin_split * SPLIT)
+        stop = tl.minimum(stop, (begin_split + each) * SPLIT)
+        if start < stop:
+            held = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows
+            partial = (partial_ptr + held * D, partial_m_ptr + held, partial_total_ptr + held,
+                       first_split, short_rows, row, d, valid, mask)  # fmt: skip
+            _walk(
+                start, 0, 0, stop, query, keys, k, v, parameters, partial, HEADS, D, DP, BLOCK_SIZE, BLOCK_M, BLOCK_N,
+                SPLIT, SOFTCAP, ALIBI, SCORE_MOD, MASK_MOD, WINDOW, True, True, False, STAGES,
             )  # fmt: skip
-            offset = partial + (split - first_split) * short_rows + row
-            tl.store(partial_m_ptr + offset, m, mask=valid)
-            tl.store(partial_total_ptr + offset, tl.max(total, axis=1), mask=valid)
-            tl.store(partial_ptr + offset[:, None] * D + d[None, :], acc, mask=mask)
     else:
         if WINDOW:
             full_start = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N) * BLOCK_N
         else:
             full_start = 0
         m, total, acc = _walk(
-            start, full_start, (first_position + 1) // BLOCK_N * BLOCK_N, stop, query, keys, k, v, parameters,
+            start, full_start, (first_position + 1) // BLOCK_N * BLOCK_N, stop, query, keys, k, v, parameters, (),
             HEADS, D, DP, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, SOFTCAP, ALIBI, SCORE_MOD, MASK_MOD, WINDOW,
             SHORT or MASK_MOD is not None, False, DESCRIPTORS, STAGES,
         )  # fmt: skip
@@ -244,9 +259,9 @@ def fold_kernel(
     partial_ptr, partial_m_ptr, partial_total_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, out_ptr,
     slots, short_rows, max_seq_len, window, out_stride_token, out_stride_head,
     KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr,
-    SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    AT_ONCE: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the states of one row's splits in ascending order."""
+    """Merge the states of one row's splits in ascending order, reading ``AT_ONCE`` of them at a time."""
     begin(PDL)
     row, kv_head = tl.program_id(0) % short_rows, tl.program_id(0) // short_rows % KV_HEADS
     request = tl.program_id(0) // short_rows // KV_HEADS
@@ -266,8 +281,8 @@ def fold_kernel(
     one, d = tl.arange(0, 1), tl.arange(0, DP)
     m, total, acc = empty(1, 1, DP)
     offset = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows + row + one
-    for slot in range(0, count, FOLDED_AT_ONCE):
-        for number in tl.static_range(FOLDED_AT_ONCE):
+    for slot in range(0, count, AT_ONCE):
+        for number in tl.static_range(AT_ONCE):
             present = slot + number + one < count
             at = offset + (slot + number) * short_rows
             m_next = tl.load(partial_m_ptr + at, mask=present, other=float("-inf"))

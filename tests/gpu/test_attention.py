@@ -154,7 +154,7 @@ def compiled(device: torch.device) -> None:
     """Compile on all cores at once: one after the other the kernels take minutes."""
     parts = min(16, os.cpu_count() or 1)
     root = str(Path(__file__).parents[2])
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tests.gpu.test_attention import compile_part; " + (
+    code = "import sys; sys.path.append(sys.argv.pop(1)); from tests.gpu.test_attention import compile_part; " + (
         "compile_part(*map(int, sys.argv[1:]))"
     )
     command = [sys.executable, "-P", "-c", code, root]
@@ -265,7 +265,9 @@ def test_faults_are_seen(dtype: torch.dtype) -> None:
 
     attention_module.fold_kernel = Reversed()
     try:
-        assert differing(case, {"alone": asked["decode alone"]}, None) == ["alone"]
+        # One row's rounding may hide the order; these see all the splits, so that each state is there to be reversed.
+        last = [Piece(tokens, end - 1, end) for end in range(LENGTH - 30, LENGTH + 1)]
+        assert differing(case, {"last rows": last}, None) == ["last rows"]
     finally:
         attention_module.fold_kernel = real
 
