@@ -95,6 +95,7 @@ class Case:
         tiles = [AttentionTile(rows, warps, 3) for rows, warps in ((16, 1), (16, 2), (16, 8), (32, 4), (64, 8))]
         chosen |= {f"{t} in registers": AttentionPlan(t, 4 * LENGTH, 1, None) for t in tiles}
         chosen |= {f"{t}, split": AttentionPlan(t, 64, 3, AttentionTile(128, 8, 3)) for t in tiles}
+        chosen |= {f"{t}, two splits a program": AttentionPlan(t, 64, 3, None, least=2) for t in tiles[:1]}
         chosen |= {f"{t}, long": AttentionPlan(None, 0, 1, t, descriptors=False) for t in tiles}
         return chosen | {"128 rows": AttentionPlan(None, 0, 1, AttentionTile(128, 4, 2))}
 
@@ -257,7 +258,7 @@ def test_faults_are_seen(dtype: torch.dtype) -> None:
     class Reversed:
         def __getitem__(self, grid: Any) -> Callable[..., Any]:
             def launch(*args: Any, **options: Any) -> None:
-                slots, rows = args[7:9]
+                slots, rows = args[9:11]
                 states = [x.view(-1, slots, rows, *x.shape[1:]).flip(1).flatten(0, 2) for x in args[:3]]
                 real[grid](*states, *args[3:], **options)
 
