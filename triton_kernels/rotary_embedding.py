@@ -10,12 +10,12 @@ from .rows import FLOATS, as_rows, begin, check_floats, check_vector, launch_opt
 
 
 @triton.jit
-def _normalize(x, w, factor):
+def _normalize(x, w, factor, weight_offset: tl.constexpr):
     """Elements of some heads as fp32, normalized and rounded where there is a weight."""
     if w is None:
         return x.to(tl.float32)
     else:
-        return scale(x.to(tl.float32) * factor, w, 0.0).to(x.dtype).to(tl.float32)
+        return scale(x.to(tl.float32) * factor, w, weight_offset).to(x.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def _rotate(
     first_head,
     num_heads,
     epsilon,
+    weight_offset: tl.constexpr,
     head_size: tl.constexpr,
     rotary_dim: tl.constexpr,
     NEOX: tl.constexpr,
@@ -71,11 +72,12 @@ def _rotate(
     if w_ptr is not None:
         factor = reciprocal_rms(squares, epsilon, head_size)
     if NEOX:
-        first, second = _normalize(first, first_w, factor), _normalize(second, second_w, factor)
+        first = _normalize(first, first_w, factor, weight_offset)
+        second = _normalize(second, second_w, factor, weight_offset)
         tl.store(out_ptrs + pair, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
         tl.store(out_ptrs + half + pair, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        first, second = tl.split(tl.reshape(_normalize(pairs, w, factor), [HEADS, PAIRS, 2]))
+        first, second = tl.split(tl.reshape(_normalize(pairs, w, factor, weight_offset), [HEADS, PAIRS, 2]))
         rotated = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), [HEADS, 2 * PAIRS])
         tl.store(out_ptrs + tl.arange(0, 2 * PAIRS)[None, :], rotated.to(out_ptr.dtype.element_ty), mask=inside)
     # What is not rotated.
@@ -84,7 +86,7 @@ def _rotate(
         inside = (head < num_heads) & (column >= rotary_dim) & (column < head_size)
         rest = tl.load(x_ptrs + column, mask=inside, other=0.0)
         rest_w = None if w_ptr is None else tl.load(w_ptr + column, mask=column < head_size, other=0.0)
-        rest = _normalize(rest, rest_w, factor)
+        rest = _normalize(rest, rest_w, factor, weight_offset)
         tl.store(out_ptrs + column, rest.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -101,6 +103,7 @@ def _rotary_embedding_kernel(
     q_stride,
     k_stride,
     epsilon,
+    weight_offset: tl.constexpr,
     q_heads: tl.constexpr,
     k_heads: tl.constexpr,
     head_size: tl.constexpr,
@@ -122,14 +125,14 @@ def _rotary_embedding_kernel(
         out_ptr = q_out_ptr + row_offset(token, q_heads * head_size, head_size)
         _rotate(
             x_ptr, q_weight_ptr, out_ptr, cos_sin_row, program * HEADS, q_heads, epsilon,
-            head_size, rotary_dim, NEOX, HEADS, COLUMNS, PAIRS,
+            weight_offset, head_size, rotary_dim, NEOX, HEADS, COLUMNS, PAIRS,
         )  # fmt: skip
     else:
         x_ptr = k_ptr + row_offset(token, k_stride, head_size)
         out_ptr = k_out_ptr + row_offset(token, k_heads * head_size, head_size)
         _rotate(
             x_ptr, k_weight_ptr, out_ptr, cos_sin_row, (program - q_programs) * HEADS, k_heads, epsilon,
-            head_size, rotary_dim, NEOX, HEADS, COLUMNS, PAIRS,
+            weight_offset, head_size, rotary_dim, NEOX, HEADS, COLUMNS, PAIRS,
         )  # fmt: skip
 
 
@@ -192,12 +195,13 @@ def qk_norm_rotary_embedding(
     cos_sin_cache: torch.Tensor,
     head_size: int,
     is_neox_style: bool,
+    weight_offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``rotary_embedding`` of the ``rms_norm`` of each head of ``q`` and ``k``, byte for byte, in one launch.
 
     Args:
         q_weight, k_weight: ``[head_size]``, which must be a multiple of 8.
-        epsilon: see ``rms_norm``.
+        epsilon, weight_offset: see ``rms_norm``.
         positions, q, k, cos_sin_cache, head_size, is_neox_style: see ``qk_rotary_embedding``.
 
     Returns:
@@ -207,7 +211,9 @@ def qk_norm_rotary_embedding(
         ValueError: a tensor's device, dtype or shape is none of the above.
     """
     weights = {"q_weight": q_weight, "k_weight": k_weight}
-    return _launch(positions, {"q": q, "k": k}, weights, epsilon, cos_sin_cache, head_size, is_neox_style)
+    return _launch(
+        positions, {"q": q, "k": k}, weights, epsilon, cos_sin_cache, head_size, is_neox_style, weight_offset
+    )
 
 
 def _launch(
@@ -218,6 +224,7 @@ def _launch(
     cos_sin_cache: torch.Tensor,
     head_size: int,
     is_neox_style: bool,
+    weight_offset: float = 0.0,
 ) -> tuple[torch.Tensor, ...]:
     first = next(iter(tensors.values()))
     for name, x in tensors.items():
@@ -278,6 +285,7 @@ def _launch(
         rows[0].stride(0),
         rows[-1].stride(0),
         epsilon,
+        weight_offset,
         heads[0],
         heads[1] if len(heads) == 2 else 0,
         head_size,

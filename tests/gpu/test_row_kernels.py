@@ -19,6 +19,7 @@ from vllm_deterministic.triton_kernels.rotary_embedding import (
     qk_rotary_embedding,
     rotary_embedding,
 )
+from vllm_deterministic.triton_kernels.soft_cap import soft_cap
 from vllm_deterministic.triton_kernels.softmax import log_softmax, softmax
 from vllm_deterministic.triton_kernels.top_k import top_k
 from vllm_deterministic.triton_kernels.top_p import top_p_mass
@@ -61,6 +62,7 @@ OPS = (
     Op("gelu_and_mul", (28672,), lambda x, w: gelu_and_mul(x)),
     Op("gelu_tanh", (4096,), lambda x, w: gelu(x, "tanh")),
     Op("quick_gelu", (4096,), lambda x, w: quick_gelu(x)),
+    Op("soft_cap", (*VOCABULARY, 50257), lambda x, w: soft_cap(x, 30.0), 1000),
     Op("mean", (4096, 5120, 151936), lambda x, w: mean(x, -1), 1000),
     Op("softmax", VOCABULARY, lambda x, w: softmax(x), 1000),
     Op("log_softmax", VOCABULARY, lambda x, w: log_softmax(x), 1000),
@@ -182,16 +184,19 @@ def test_rotary_embedding(size: int, rotary_dim: int, neox: bool, dtype: torch.d
     cache = torch.randn(100, rotary_dim, device=device).to(dtype)
     weights = torch.randn(2, size, device=device).to(dtype)
 
-    def roads(x: torch.Tensor, positions: torch.Tensor) -> tuple[Outputs, Outputs]:
+    def roads(x: torch.Tensor, positions: torch.Tensor) -> tuple[Outputs, ...]:
         q, k, _ = x.split([12 * size, 2 * size, 2 * size], dim=-1)
         return (
             qk_rotary_embedding(positions, q, k, cache, size, neox),
-            qk_norm_rotary_embedding(positions, q, k, *weights, EPSILON, cache, size, neox),
+            *(
+                qk_norm_rotary_embedding(positions, q, k, *weights, EPSILON, cache, size, neox, offset)
+                for offset in (0.0, 1.0)
+            ),
         )
 
-    def chain(x: torch.Tensor, weight: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    def chain(x: torch.Tensor, weight: torch.Tensor | None, offset: float, positions: torch.Tensor) -> torch.Tensor:
         if weight is not None:
-            x = rms_norm(x.reshape(len(x), -1, size), weight, EPSILON).flatten(1)
+            x = rms_norm(x.reshape(len(x), -1, size), weight, EPSILON, weight_offset=offset).flatten(1)
         return rotary_embedding(positions, x, cache, size, neox)
 
     rows = torch.arange(67, device=device)
@@ -200,9 +205,9 @@ def test_rotary_embedding(size: int, rotary_dim: int, neox: bool, dtype: torch.d
         for road in zip(*(roads(kept[row : row + 1], rows[row : row + 1]) for row in range(67)), strict=True)
     ]
     q, k = kept[:, : 12 * size], kept[:, 12 * size : 14 * size]
-    for road, scales in zip(alone, ((None, None), weights), strict=True):
+    for road, scales, offset in zip(alone, ((None, None), weights, weights), (0.0, 0.0, 1.0), strict=True):
         for out, x, weight in zip(road, (q, k), scales, strict=True):
-            assert same(out, chain(x, weight, rows))
+            assert same(out, chain(x, weight, offset, rows))
     for count in SIZES:
         index = mixture(count, 67, device)
         places = (index >= 0).nonzero().flatten()

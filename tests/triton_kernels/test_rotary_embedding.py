@@ -62,11 +62,12 @@ def test_bytes_of_the_reference(dtype: torch.dtype, size: int, rotary_dim: int, 
         assert_same_bytes(actual, wanted, name)
 
 
-def _unfused(positions, q, k, q_weight, k_weight, cache, size, neox):
-    return tuple(
-        rotary_embedding(positions, rms_norm(x.reshape(len(x), -1, size), w, EPSILON).flatten(1), cache, size, neox)
-        for x, w in ((q, q_weight), (k, k_weight))
-    )
+def _unfused(positions, q, k, q_weight, k_weight, cache, size, neox, weight_offset=0.0):
+    def rotated_norm(x, w):
+        x = rms_norm(x.reshape(len(x), -1, size), w, EPSILON, weight_offset=weight_offset).flatten(1)
+        return rotary_embedding(positions, x, cache, size, neox)
+
+    return rotated_norm(q, q_weight), rotated_norm(k, k_weight)
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
@@ -76,9 +77,11 @@ def test_fused_with_the_norm_bytes_of_the_chain(dtype: torch.dtype, size: int, r
     cache = _cache(rotary_dim, dtype)[1]
     positions, q, k = _inputs(5, size, dtype)
     weights = torch.randn(2, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    fused = qk_norm_rotary_embedding(positions, q, k, *weights, EPSILON, cache, size, neox)
-    for name, actual, wanted in zip("qk", fused, _unfused(positions, q, k, *weights, cache, size, neox), strict=True):
-        assert_same_bytes(actual, wanted, name)
+    for offset in (0.0, 1.0):
+        fused = qk_norm_rotary_embedding(positions, q, k, *weights, EPSILON, cache, size, neox, offset)
+        chain = _unfused(positions, q, k, *weights, cache, size, neox, offset)
+        for name, actual, wanted in zip("qk", fused, chain, strict=True):
+            assert_same_bytes(actual, wanted, f"{name}, offset {offset}")
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
