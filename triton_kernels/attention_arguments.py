@@ -1,0 +1,80 @@
+"""What ``split_flex_attention`` refuses of its arguments, whatever the device."""
+
+import math
+
+import torch
+
+
+def check_tensors(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Refuse tensors that do not fit together.
+
+    Raises:
+        ValueError: names the tensor, its shape or dtype and what is allowed.
+    """
+    if q.dtype not in dtypes:
+        raise ValueError(f"q is {q.dtype}; {', '.join(map(str, dtypes))} are allowed on {q.device}")
+    if q.dim() != 3 or q.shape[2] < 16:
+        raise ValueError(f"q is {tuple(q.shape)}; [T, query heads, D] is needed, D at least 16")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype != q.dtype or cache.device != q.device:
+            raise ValueError(f"{name} is {cache.dtype} on {cache.device}, but q is {q.dtype} on {q.device}")
+        if cache.dim() != 4 or cache.shape != k_cache.shape or cache.shape[3] != q.shape[2]:
+            raise ValueError(
+                f"{name} is {tuple(cache.shape)}; [blocks, block size, KV heads, {q.shape[2]}], k_cache and v_cache "
+                "alike, is needed"
+            )
+    if k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
+        raise ValueError(f"q has {q.shape[1]} heads and k_cache {k_cache.shape[2]}; they must divide")
+    requests = len(seq_lens) if seq_lens.dim() else 0
+    shapes = {
+        "block_table": (block_table, (requests, block_table.shape[-1])),
+        "query_start_loc": (query_start_loc, (requests + 1,)),
+        "seq_lens": (seq_lens, (requests,)),
+    }
+    for name, (x, shape) in shapes.items():
+        if x.shape != shape or x.dtype != torch.int32 or x.device != q.device:
+            raise ValueError(
+                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}; int32 {list(shape)} on {q.device} is needed"
+            )
+
+
+def check_bounds(max_query_len: int, max_seq_len: int, held: int) -> None:
+    """Refuse bounds that no batch has; ``held`` is how many positions a request's row of the block table holds.
+
+    Raises:
+        ValueError: names both.
+    """
+    if max_query_len < 1 or not 1 <= max_seq_len <= max(1, held):
+        raise ValueError(
+            f"max_query_len is {max_query_len} and max_seq_len {max_seq_len}; both must be at least 1, and max_seq_len "
+            f"at most {held}, which the block table holds"
+        )
+
+
+def check_features(
+    q: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Refuse numbers that are not positive and finite, and anything but one number a query head.
+
+    Raises:
+        ValueError: names the argument, its value or shape.
+    """
+    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be positive and finite")
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if x is not None and (x.shape != (q.shape[1],) or x.device != q.device):
+            raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}; [{q.shape[1]}] on {q.device} is needed")
