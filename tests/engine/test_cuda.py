@@ -141,7 +141,7 @@ def test_compilers_see_the_shapes_that_kernels_give() -> None:
         positions, cache, weight = torch.empty(3, dtype=torch.int64), torch.empty(100, 16), torch.empty(16)
         rotated = (
             *ops.qk_rotary_embedding(positions, q, k, cache, 16, True),
-            *ops.qk_norm_rotary_embedding(positions, q, k, weight, weight, 1e-6, cache, 16, True),
+            *ops.qk_norm_rotary_embedding(positions, q, k, weight, weight, 1e-6, cache, 16, True, 0.0),
         )
         assert qkv.shape == (3, 96)
         assert [(t.shape, t.stride()) for t in rotated] == [((3, 64), (64, 1)), ((3, 16), (16, 1))] * 2
@@ -161,13 +161,17 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         q_weight: Any,
         k_weight: Any,
         epsilon: float,
-        *rest: Any,
+        cache: torch.Tensor,
+        head_size: int,
+        is_neox_style: bool,
+        weight_offset: float,
     ) -> tuple[torch.Tensor, ...]:
+        assert weight_offset == 0.0
         heads = [
             reference.rms_norm(x.unflatten(-1, (-1, len(weight))), weight, epsilon).flatten(-2)
             for x, weight in ((q, q_weight), (k, k_weight))
         ]
-        return rotary(positions, *heads, *rest)
+        return rotary(positions, *heads, cache, head_size, is_neox_style)
 
     library = torch.library.Library("vllm_deterministic", "IMPL")
     library.impl("qk_rotary_embedding", rotary, "CPU")
@@ -205,7 +209,7 @@ def test_layers_compute_what_those_of_the_cpu_do() -> None:
         for x, norm in zip((q, k), norms, strict=True)
     ]
     expected = torch.cat([*layers.rotary_embedding_forward(rotary, positions, *normal), v], dim=-1)  # type: ignore[list-item]
-    assert torch.equal(layers.qwen3_attention_forward(attention, positions, packed), expected)
+    assert torch.equal(layers.qk_norm_attention_forward(attention, positions, packed), expected)
     both = layers.fused_rotary_embedding_forward(rotary, positions, *normal)
     assert torch.equal(torch.cat([*both, v], dim=-1), expected)  # type: ignore[list-item]
     weight, bias = random(8, 96), random(8)

@@ -16,10 +16,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import (
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
+    Phi3LongRoPEScaledRotaryEmbedding,
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
     common,
 )
+from vllm.model_executor.models.mistral import MistralAttention
 
 from .config import FLAG
 from .coverage import Entry
@@ -109,7 +111,7 @@ def _rules(device: Device) -> dict[type, Rule]:
         "vllm_deterministic::matmul, certified tiles" if on_gpu else "vllm_deterministic::linear, certified tiles",
         _linear_missing_on_gpu if on_gpu else _linear_missing,
     )
-    replaced = _forward_missing("forward_cuda" if on_gpu else "forward_cpu")
+    replaced = _forward_missing("forward_native", "forward_cuda" if on_gpu else "forward_cpu")
     rotation = "vllm_deterministic::qk_rotary_embedding" if on_gpu else "vllm_deterministic::rotary_embedding"
     return {
         **dict.fromkeys(_LINEAR, linear_rule),
@@ -125,14 +127,39 @@ def _rules(device: Device) -> dict[type, Rule]:
             else Rule("fixed-split KV, certified tiles", _cpu_attention_missing)
         ),
         common.ApplyRotaryEmb: Rule("not called: the embedding around it rotates"),
-        logits_processor.LogitsProcessor: Rule("the LM head's product"),
+        logits_processor.LogitsProcessor: Rule("the LM head's product", _soft_cap_missing),
+        MistralAttention: Rule("calls layers that are covered", _attention_scale),
         torch.nn.Identity: Rule("computes nothing"),
+        **(_gpu_rules() if on_gpu else {}),
     }
 
 
-def _forward_missing(device_method: str) -> Callable[[Any], str]:
+def _gpu_rules() -> dict[type, Rule]:
+    replaced = _forward_missing("forward_native", "forward_cuda")
+    return {
+        layernorm.GemmaRMSNorm: Rule("vllm_deterministic::gemma_rms_norm", replaced),
+        layernorm.LayerNorm: Rule("vllm_deterministic::layer_norm", replaced),
+        activation.GeluAndMul: Rule("vllm_deterministic::gelu_and_mul", replaced),
+        activation.NewGELU: Rule("vllm_deterministic::gelu", replaced),
+        activation.FastGELU: Rule("vllm_deterministic::gelu", replaced),
+        Phi3LongRoPEScaledRotaryEmbedding: Rule("vllm_deterministic::qk_rotary_embedding", _forward_missing("forward")),
+        torch.nn.Embedding: Rule("computes nothing"),
+    }
+
+
+def _soft_cap_missing(module: Any) -> str:
+    if module.soft_cap is None or getattr(type(module).forward, "_deterministic_patch", False):
+        return ""
+    return "its soft cap is not the deterministic one"
+
+
+def _attention_scale(module: Any) -> str:
+    return "it scales queries by their position, which is not proven" if module.do_llama_4_scaling else ""
+
+
+def _forward_missing(*methods: str) -> Callable[[Any], str]:
     def missing(module: Any) -> str:
-        for method in ("forward_native", device_method):
+        for method in methods:
             if not getattr(getattr(type(module), method), "_deterministic_patch", False):
                 return f"its {method} is not the deterministic one"
         return ""

@@ -156,7 +156,12 @@ CUDA_WORKER = (
         _layer(layer, method, forward)
         for layer, forward in (
             ("layernorm:RMSNorm", "rms_norm_forward"),
+            ("layernorm:GemmaRMSNorm", "gemma_rms_norm_forward"),
+            ("layernorm:LayerNorm", "layer_norm_forward"),
             ("activation:SiluAndMul", "silu_and_mul_forward"),
+            ("activation:GeluAndMul", "gelu_and_mul_forward"),
+            ("activation:NewGELU", "gelu_tanh_forward"),
+            ("activation:FastGELU", "gelu_tanh_forward"),
             ("rotary_embedding.base:RotaryEmbedding", "fused_rotary_embedding_forward"),
         )
         for method in ("forward_native", "forward_cuda")
@@ -173,11 +178,28 @@ CUDA_WORKER = (
         for method in ("linear:UnquantizedLinearMethod", "vocab_parallel_embedding:UnquantizedEmbeddingMethod")
     ),
     Patch(
-        target="vllm.model_executor.models.qwen3:Qwen3Attention.forward",
-        make=_module_forward("qwen3_attention_forward"),
-        why="Opaque norms and rotation of query and key are three launches a layer where compiled code has one.",
-        how="One operation normalizes and rotates both.",
-        remove_when="vLLM's model calls a layer that may fuse them.",
+        target=f"{_LAYERS}.rotary_embedding.phi3_long_rope_scaled_rope:Phi3LongRoPEScaledRotaryEmbedding.forward",
+        make=_module_forward("long_rotary_embedding_forward"),
+        why="It rotates by element-wise code of its own, of which compiled code keeps wider intermediates.",
+        how="The rotation of every other model, with the part of its table that is in use.",
+        remove_when="vLLM dispatches it as it does the other rotations.",
+    ),
+    *(
+        Patch(
+            target=f"vllm.model_executor.models.{attention}.forward",
+            make=_module_forward("qk_norm_attention_forward"),
+            why="Opaque norms and rotation of query and key are three launches a layer where compiled code has one.",
+            how="One operation normalizes and rotates both.",
+            remove_when="vLLM's model calls a layer that may fuse them.",
+        )
+        for attention in ("qwen3:Qwen3Attention", "gemma3:Gemma3Attention")
+    ),
+    Patch(
+        target=f"{_LAYERS}.logits_processor:LogitsProcessor.forward",
+        make=_module_forward("logits_processor_forward"),
+        why="torch takes other kernels for the soft cap of one row than of several, whose padding makes them strided.",
+        how="One operation caps a row, however many there are.",
+        remove_when="vLLM caps logits in a batch-invariant operation.",
     ),
     Patch(
         target="vllm.v1.worker.gpu.sample.logprob:torch",
