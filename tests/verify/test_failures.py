@@ -60,7 +60,7 @@ async def test_a_failure_half_way_keeps_the_results_so_far(
             "The arm 'prefix' needs /v1/completions; leave it out with --arms identical.",
         ),
         (FakeServer(status_after=(0, 400)), {}, "answered 400: planted. Check --extra-body"),
-        (FakeServer(invalid_json_after=0), {}, "Check that --base-url and --endpoint name an OpenAI-compatible server"),
+        (FakeServer(invalid_json_after=0), {}, "Check that --base-url names an OpenAI-compatible server"),
     ],
 )
 async def test_a_server_that_cannot_be_verified_is_refused_before_the_first_arm(

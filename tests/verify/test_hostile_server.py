@@ -132,7 +132,7 @@ _CASES = {
     "a bomb": (_sends(gzip.compress(bytes(2**26)), _GZIP), "answered with more than 8 MiB"),
     "no gzip": (_sends(b"{}", _GZIP), "answered with a body that its Content-Encoding does not fit"),
     "half a JSON": (_sends(b'{"choices": [{"text": "a'), "answered with invalid JSON (Unterminated string"),
-    "HTML": (_sends(b"<html>Welcome</html>", _HTML), ", sent as 'text/html'. Check that --base-url and --endpoint"),
+    "HTML": (_sends(b"<html>Welcome</html>", _HTML), ", sent as 'text/html'. Check that --base-url names"),
     "a stream": (
         _sends(b'data: {"choices": []}\n\n', "Content-Type: text/event-stream\r\n"),
         ", sent as 'text/event-stream'.",

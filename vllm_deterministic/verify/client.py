@@ -18,6 +18,17 @@ from vllm_deterministic.verify.settings import Settings
 # a candidate of a chat answer is a token, its logprob and its bytes as a list of numbers.
 _BASE_BYTES = 8 * 2**20
 _BYTES_PER_CANDIDATE = 256
+_CHAT_TOKENS = 2**16  # of a chat request that sets no limit
+
+# What to do about a status, in the words of the command that asked.
+_HINTS: Mapping[int, str] = {
+    400: "Check --extra-body, --max-tokens and --logprobs against the server's limits.",
+    401: "Give the server's key with --api-key or OPENAI_API_KEY.",
+    404: "Check --base-url, --endpoint and --model.",
+    429: "The server limits the load: lower --max-concurrency or set --request-rate.",
+    503: "The server is not ready: see its log, or wait with --ready-check-timeout-sec.",
+}
+_SAME_HINT = {403: 401, 422: 400}
 
 
 class CannotRun(Exception):  # noqa: N818 - named after the exit it leads to, "could not run"
@@ -47,12 +58,19 @@ class _Reply:
 class Client:
     """An HTTP client bound to one server. Use as an async context manager.
 
-    ``transport`` replaces the network, for tests.
+    ``transport`` replaces the network, for tests. ``hints`` say what to do about a status where verify's options do
+    not fit.
     """
 
-    def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        transport: httpx.AsyncBaseTransport | None = None,
+        hints: Mapping[int, str] | None = None,
+    ) -> None:
         self.base_url = settings.base_url
         self._timeout = settings.timeout
+        self._hints = {**_HINTS, **(hints or {})}
         key = settings.api_key.get_secret_value() if settings.api_key else ""
         self._http = httpx.AsyncClient(
             base_url=settings.base_url,
@@ -81,7 +99,7 @@ class Client:
         except ValueError as error:
             raise CannotRun(
                 f"{self.base_url}{path} answered with {error}{_sent_as(reply)}. "
-                "Check that --base-url and --endpoint name an OpenAI-compatible server."
+                "Check that --base-url names an OpenAI-compatible server."
             ) from None
 
     async def get_json(self, path: str) -> Any:
@@ -129,7 +147,7 @@ class Client:
                 "See the server's log; it may have stopped."
             ) from None
         if reply.status != 200:
-            raise _refusal(reply, where)
+            raise _refusal(reply, where, self._hints)
         return reply
 
 
@@ -140,8 +158,11 @@ def _most_bytes(body: Mapping[str, Any]) -> int:
         value = body.get(name)
         return max(1, value) if isinstance(value, int) else 1
 
+    tokens = max(count("max_tokens"), count("max_completion_tokens"))
+    if "messages" in body and body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
+        tokens = _CHAT_TOKENS
     candidates = 1 + max(count("logprobs"), count("top_logprobs"))
-    return _BASE_BYTES + _BYTES_PER_CANDIDATE * count("n") * count("max_tokens") * candidates
+    return _BASE_BYTES + _BYTES_PER_CANDIDATE * count("n") * tokens * candidates
 
 
 async def _read(response: httpx.Response, where: str, most_bytes: int) -> bytes:
@@ -180,20 +201,12 @@ def _reason(error: BaseException) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
-def _refusal(reply: _Reply, where: str) -> CannotRun:
-    status = reply.status
-    said = f"{where} answered {status}: {_server_message(reply)}"
-    if status in (400, 422):
-        return Rejected(f"{said} Check --extra-body, --max-tokens and --logprobs against the server's limits.")
-    if status in (401, 403):
-        return CannotRun(f"{said} Give the server's key with --api-key or OPENAI_API_KEY.")
-    if status == 404:
-        return CannotRun(f"{said} Check --base-url, --endpoint and --model.")
-    if status == 429:
-        return CannotRun(f"{said} The server limits the load: lower --max-concurrency or set --request-rate.")
-    if status == 503:
-        return Unreachable(f"{said} The server is not ready: see its log, or wait with --ready-check-timeout-sec.")
-    return CannotRun(f"{said} See the server's log for the cause.")
+def _refusal(reply: _Reply, where: str, hints: Mapping[int, str]) -> CannotRun:
+    hint = hints.get(_SAME_HINT.get(reply.status, reply.status), "See the server's log for the cause.")
+    said = f"{where} answered {reply.status}: {_server_message(reply)} {hint}"
+    if reply.status in (400, 422):
+        return Rejected(said)
+    return Unreachable(said) if reply.status == 503 else CannotRun(said)
 
 
 def _server_message(reply: _Reply) -> str:

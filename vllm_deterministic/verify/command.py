@@ -1,8 +1,6 @@
 """The command ``vllm-deterministic verify``."""
 
 import asyncio
-import contextlib
-import signal
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -14,6 +12,7 @@ from vllm_deterministic.verify.progress import choose_progress
 from vllm_deterministic.verify.record import EXIT_CODES, RunRecord
 from vllm_deterministic.verify.run import verify
 from vllm_deterministic.verify.settings import ARMS, OUTPUT_KINDS, OutputSpec, Settings, explain
+from vllm_deterministic.verify.signals import stop_on_signals
 
 _LISTS = ("--arms", "--metadata", "--output", "--shapes")
 _DEFAULT = Settings(base_url="http://127.0.0.1:8000")
@@ -139,12 +138,7 @@ def verify_command(
 
 async def _verify_until_signal(settings: Settings) -> RunRecord:
     """Run until done, or until Ctrl-C or SIGTERM; either way there is a record."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows' event loops take no signal handlers
-            loop.add_signal_handler(number, stop.set)
-    return await verify(settings, choose_progress(), stop=stop)
+    return await verify(settings, choose_progress(), stop=stop_on_signals())
 
 
 def _fail(message: str) -> NoReturn:

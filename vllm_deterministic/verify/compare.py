@@ -38,6 +38,13 @@ def logprob_digest(completion: Completion) -> str:
     return _digest([[_output(choice), _logprobs(choice)] for choice in completion.choices])
 
 
+def logprob_record(entry: TokenLogprob) -> list[object]:
+    """The token, its logprob and the candidates' as a list for JSON: equal lists are equal bits."""
+    # float.hex tells every bit apart, 0.0 and -0.0 included.
+    logprob = None if entry.logprob is None else entry.logprob.hex()
+    return [entry.token, logprob, [[token, value.hex()] for token, value in entry.top]]
+
+
 def compare(reference: Completion, other: Completion) -> Difference | None:
     """The first choice in which two answers differ by a byte, or None."""
     if logprob_digest(reference) == logprob_digest(other):
@@ -73,13 +80,7 @@ def _output(choice: Choice) -> list[object]:
 def _logprobs(choice: Choice) -> list[object] | None:
     if choice.logprobs is None:
         return None
-    return [_entry(entry) for entry in choice.logprobs]
-
-
-def _entry(entry: TokenLogprob) -> list[object]:
-    # float.hex tells every bit apart, 0.0 and -0.0 included.
-    logprob = None if entry.logprob is None else entry.logprob.hex()
-    return [entry.token, logprob, [[token, value.hex()] for token, value in entry.top]]
+    return [logprob_record(entry) for entry in choice.logprobs]
 
 
 def _first(left: list[object], right: list[object]) -> int | None:
@@ -92,7 +93,7 @@ def _first(left: list[object], right: list[object]) -> int | None:
 def _difference(index: int, left: Choice, right: Choice) -> Difference:
     position = _first(list(left.tokens), list(right.tokens))
     left_entries, right_entries = left.logprobs or (), right.logprobs or ()
-    logprob_position = _first([_entry(e) for e in left_entries], [_entry(e) for e in right_entries])
+    logprob_position = _first([logprob_record(e) for e in left_entries], [logprob_record(e) for e in right_entries])
     here, there = _at(left_entries, position), _at(right_entries, position)
     return Difference(
         choice=index,

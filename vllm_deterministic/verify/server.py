@@ -37,7 +37,7 @@ async def discover(client: Client, settings: Settings) -> Server:
 
     Raises CannotRun where no verification is possible: nothing answers, the model is unknown, logprobs are missing.
     """
-    models = await _ready(client, settings)
+    models = await list_models(client, settings)
     model, max_model_len = _choose_model(models, settings)
     page = await client.get_text("/metrics") or ""
     server = Server(
@@ -54,7 +54,11 @@ async def discover(client: Client, settings: Settings) -> Server:
     return await _probe(client, settings, server)
 
 
-async def _ready(client: Client, settings: Settings) -> list[dict[str, Any]]:
+async def list_models(client: Client, settings: Settings) -> list[dict[str, Any]]:
+    """The entries of ``/v1/models``, each with an ``id``, once the server answers.
+
+    Raises CannotRun where it does not within ``--ready-check-timeout-sec``, or lists none.
+    """
     wait = settings.ready_check_timeout_sec
     attempts = AsyncRetrying(
         retry=retry_if_exception_type(Unreachable),
@@ -68,12 +72,12 @@ async def _ready(client: Client, settings: Settings) -> list[dict[str, Any]]:
         raise CannotRun(
             f"{client.base_url}/v1/models lists no models. Check that --base-url names an OpenAI-compatible server."
         )
+    if not models:
+        raise CannotRun(f"{client.base_url}/v1/models lists no model. Load one on the server.")
     return models
 
 
 def _choose_model(models: list[dict[str, Any]], settings: Settings) -> tuple[str, int | None]:
-    if not models:
-        raise CannotRun(f"{settings.base_url}/v1/models lists no model. Load one on the server.")
     names = [str(entry["id"]) for entry in models]
     if settings.model is not None and settings.model not in names:
         raise CannotRun(
