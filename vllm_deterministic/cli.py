@@ -6,6 +6,7 @@ from vllm_deterministic.certify.command import certify_command
 from vllm_deterministic.coverage_command import CONTEXT_SETTINGS, coverage_command
 from vllm_deterministic.demo import demo
 from vllm_deterministic.lab.command import lab_command
+from vllm_deterministic.receipts.command import receipt_command, replay_command
 from vllm_deterministic.report.command import report_command
 from vllm_deterministic.service.command import service_command
 from vllm_deterministic.tiny_model.command import tiny_model
@@ -27,6 +28,8 @@ app.command("verify", cls=ListCommand)(verify_command)
 app.command("certify", cls=ListCommand)(certify_command)
 app.command("coverage", context_settings=CONTEXT_SETTINGS)(coverage_command)
 app.command("lab", cls=ListCommand)(lab_command)
+app.command("receipt")(receipt_command)
+app.command("replay")(replay_command)
 app.command("report", cls=ListCommand)(report_command)
 app.command("service")(service_command)
 

@@ -1,0 +1,1 @@
+"""Receipts: what a deterministic server answered, kept as hashes, and held against another answer later."""
