@@ -8,6 +8,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .attention_arguments import check_bounds, check_features, check_tensors
+from .attention_hopper import attention_hopper, takes
 from .attention_kernel import attention_kernel, fold_kernel
 from .attention_plan import DEFAULT_FOLD, MOST_SHORT_ROWS, AttentionFold, AttentionPlan, AttentionTile, attention_plan
 from .launch import capability, check_device, programmatic_launch
@@ -82,17 +84,19 @@ def attention(
     Raises:
         ValueError: names the argument, its shape or value and what is allowed.
     """
-    group = _check(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, fold)
-    _check_features(q, scale, window, softcap, alibi_slopes, sinks)
+    check_device("q", q)
+    dtypes = DTYPES if q.device.type == "cuda" else (*DTYPES, torch.float32)
+    indices = {"block_table": block_table, "query_start_loc": query_start_loc, "seq_lens": seq_lens}
+    check_tensors(q, k_cache, v_cache, **indices, dtypes=dtypes)
+    check_features(q, scale, window, softcap, alibi_slopes, sinks)
+    heads = {"alibi_slopes": alibi_slopes, "sinks": sinks}
+    _check(q, {"k_cache": k_cache, "v_cache": v_cache}, indices, heads, fold)
+    group = q.shape[1] // k_cache.shape[2]
     requests, block_size, kv_heads = len(seq_lens), k_cache.shape[1], k_cache.shape[2]
     held = block_table.shape[1] * block_size
     max_query_len = max(1, len(q)) if max_query_len is None else max_query_len
     max_seq_len = max(1, held) if max_seq_len is None else max_seq_len
-    if max_query_len < 1 or not 1 <= max_seq_len <= max(1, held):
-        raise ValueError(
-            f"max_query_len is {max_query_len} and max_seq_len {max_seq_len}; both must be at least 1, and max_seq_len "
-            f"at most {held}, which the block table {tuple(block_table.shape)} holds in blocks of {block_size}"
-        )
+    check_bounds(max_query_len, max_seq_len, held)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(2) != 1:
@@ -128,7 +132,7 @@ def attention(
         attention_kernel[(programs,)](
             q, k_cache, v_cache, k[0], v[0], block_table, query_start_loc, seq_lens, sinks, alibi_slopes, mod_data,
             out, *partial,
-            requests, tiles, plan.parts, slots, plan.short_rows, max_seq_len,
+            requests, tiles, plan.parts, plan.least, slots, plan.short_rows, max_seq_len,
             _LOG2E if modified else scale * _LOG2E, scale, softcap or 0.0, window or 0,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_table.stride(0),
             *k_cache.stride()[:3], *v_cache.stride()[:3], *k[1:], *v[1:],
@@ -139,27 +143,26 @@ def attention(
 
     if plan.short:
         tiles = triton.cdiv(plan.short_rows, plan.short.block_m)
-        partials = plan.parts > 1
-        slots = max_splits(fold, max_seq_len, window, triton.cdiv(plan.short.block_m, group)) if partials else 0
+        slots = max_splits(fold, max_seq_len, window, triton.cdiv(plan.short.block_m, group)) if plan.parts > 1 else 0
         states = requests * kv_heads * slots * plan.short_rows
-        partial = (
-            (q.new_empty(states, q.shape[2], dtype=torch.float32), *q.new_empty(2, states, dtype=torch.float32))
-            if partials
-            else (None, None, None)
-        )
-        launch(
-            plan.short, requests * tiles * plan.parts * kv_heads, tiles, slots, partial,
-            SHORT=True, PARTIALS=partials,
-        )  # fmt: skip
-        if partials:
+        partial = q.new_empty(states, q.shape[2], dtype=torch.float32), *q.new_empty(2, states, dtype=torch.float32)
+        launch(plan.short, requests * tiles * plan.parts * kv_heads, tiles, slots, partial, SHORT=True)
+        if slots:
             fold_kernel[(requests * kv_heads * plan.short_rows,)](
-                *partial, query_start_loc, seq_lens, sinks, out, slots, plan.short_rows, max_seq_len, window or 0,
-                out.stride(0), out.stride(1), BLOCK_M=plan.short.block_m, AT_ONCE=_folded_at_once(slots, q.shape[2]),
-                num_warps=1, **common,
+                *partial, query_start_loc, seq_lens, sinks, out, plan.parts, plan.least, slots, plan.short_rows,
+                plan.short.block_m, max_seq_len, window or 0, out.stride(0), out.stride(1),
+                AT_ONCE=8 if slots <= 8 else 32, num_warps=1, **common,
             )  # fmt: skip
-    if plan.long:
+    k, v = (_descriptor(x, fold.key_tile) if plan.long and plan.hopper else None for x in (k_cache, v_cache))
+    if k and v and not modified and mask_mod is None and takes(q, fold.key_tile):
+        attention_hopper(
+            q, k, v, block_table, query_start_loc, seq_lens, out, tile=plan.hopper, short_rows=plan.short_rows,
+            max_seq_len=max_seq_len, factor=scale * _LOG2E, window=window, sinks=sinks, block_size=block_size,
+            kv_heads=kv_heads, split=fold.split, pdl=pdl,
+        )  # fmt: skip
+    elif plan.long:
         tiles = len(q) * group // plan.long.block_m + requests
-        launch(plan.long, tiles * kv_heads, tiles, 0, (None, None, None), SHORT=False, PARTIALS=False)
+        launch(plan.long, tiles * kv_heads, tiles, 0, (None, None, None), SHORT=False)
     return out
 
 
@@ -167,11 +170,6 @@ def max_splits(fold: AttentionFold, max_seq_len: int, window: int | None, tokens
     """The most splits that a tile of rows of up to ``tokens`` tokens and one more sees."""
     splits = triton.cdiv(max_seq_len, fold.split)
     return splits if window is None else min(splits, triton.cdiv(window + tokens, fold.split) + 1)
-
-
-def _folded_at_once(slots: int, head_dim: int) -> int:
-    """How many states the folding kernel reads at a time: more would take too many registers."""
-    return 8 if slots <= 8 or head_dim > 128 else 32
 
 
 def _descriptor(cache: torch.Tensor, key_tile: int) -> tuple[TensorDescriptor, int, int, int] | None:
@@ -198,64 +196,22 @@ def _descriptor(cache: torch.Tensor, key_tile: int) -> tuple[TensorDescriptor, i
 
 def _check(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    caches: dict[str, torch.Tensor],
+    indices: dict[str, torch.Tensor],
+    heads: dict[str, torch.Tensor | None],
     fold: AttentionFold,
-) -> int:
-    """Refuse tensors that do not fit together; the query heads to a KV head."""
-    check_device("q", q)
-    dtypes = DTYPES if q.device.type == "cuda" else (*DTYPES, torch.float32)
-    if q.dtype not in dtypes:
-        raise ValueError(f"q is {q.dtype}; {', '.join(map(str, dtypes))} are allowed on {q.device}")
-    if q.dim() != 3 or q.shape[2] not in HEAD_DIMS or q.stride(2) != 1:
+) -> None:
+    """Refuse what these kernels cannot read of tensors that fit together."""
+    if q.shape[2] not in HEAD_DIMS or q.stride(2) != 1:
         raise ValueError(
             f"q is {tuple(q.shape)} with strides {q.stride()}; [T, query heads, D] contiguous along D is needed, "
             f"D one of {HEAD_DIMS}"
         )
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype != q.dtype or cache.device != q.device:
-            raise ValueError(f"{name} is {cache.dtype} on {cache.device}, but q is {q.dtype} on {q.device}")
-        if cache.dim() != 4 or cache.shape != k_cache.shape or cache.shape[3] != q.shape[2] or cache.stride(3) != 1:
-            raise ValueError(
-                f"{name} is {tuple(cache.shape)} with strides {cache.stride()}; [blocks, block size, KV heads, "
-                f"{q.shape[2]}] contiguous along D, k_cache and v_cache alike, is needed"
-            )
-    if k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
-        raise ValueError(f"q has {q.shape[1]} heads and k_cache {k_cache.shape[2]}; they must divide")
-    if k_cache.shape[1] == 0 or fold.split % k_cache.shape[1]:
-        raise ValueError(f"a block has {k_cache.shape[1]} slots and a split {fold.split} positions; they must divide")
-    requests = len(seq_lens) if seq_lens.dim() else 0
-    shapes = {
-        "block_table": (block_table, (requests, block_table.shape[-1])),
-        "query_start_loc": (query_start_loc, (requests + 1,)),
-        "seq_lens": (seq_lens, (requests,)),
-    }
-    for name, (x, shape) in shapes.items():
-        contiguous = x.numel() == 0 or x.stride(-1) == 1
-        if x.shape != shape or x.dtype != torch.int32 or x.device != q.device or not contiguous:
-            raise ValueError(
-                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}; int32 {list(shape)} on {q.device}, contiguous "
-                "along its last dimension, is needed"
-            )
-    return q.shape[1] // k_cache.shape[2]
-
-
-def _check_features(
-    q: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-) -> None:
-    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be positive and finite")
-    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if x is not None and (x.shape != (q.shape[1],) or x.device != q.device or x.stride(0) != 1):
-            raise ValueError(
-                f"{name} is {tuple(x.shape)} on {x.device}; [{q.shape[1]}] on {q.device}, contiguous, is needed"
-            )
+    for name, cache in caches.items():
+        if cache.stride(3) != 1:
+            raise ValueError(f"{name} has strides {cache.stride()}; it must be contiguous along D")
+        if cache.shape[1] == 0 or fold.split % cache.shape[1]:
+            raise ValueError(f"a block has {cache.shape[1]} slots and a split {fold.split} positions; they must divide")
+    for name, x in {**indices, **heads}.items():
+        if x is not None and x.numel() and x.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {x.stride()}; it must be contiguous along its last dimension")

@@ -1,4 +1,4 @@
-"""What ``split_flex_attention`` refuses of its arguments, whatever the device."""
+"""What every road of attention refuses of its arguments."""
 
 import math
 

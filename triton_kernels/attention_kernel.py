@@ -107,7 +107,7 @@ def _store_state(partial, split, m, total, acc, D: tl.constexpr):
 
 @triton.jit
 def _walk(
-    start, full_start, full_stop, stop, query, keys, k, v, parameters, partial, alone,
+    start, full_start, full_stop, stop, query, keys, k, v, parameters, partial,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SCORE_MOD: tl.constexpr,
     MASK_MOD: tl.constexpr, WINDOW: tl.constexpr, ALL_MASKED: tl.constexpr, PARTIALS: tl.constexpr,
@@ -115,11 +115,12 @@ def _walk(
 ):  # fmt: skip
     """The folded state over key tiles from ``start`` to before ``stop``, in ascending order.
 
-    A split begins from a fresh state and is merged where it ends or, with PARTIALS and not ``alone``, stored. Masks are
-    left out between ``full_start`` and ``full_stop``, where every row sees every key, unless ALL_MASKED.
+    A split begins from a fresh state and is merged where it ends or, with PARTIALS, stored. Masks are left out between
+    ``full_start`` and ``full_stop``, where every row sees every key, unless ALL_MASKED.
     """
     m, total, acc = empty(BLOCK_M, SUM_COLUMNS, DP)
-    m_fold, total_fold, acc_fold = empty(BLOCK_M, SUM_COLUMNS, DP)
+    if not PARTIALS:
+        m_fold, total_fold, acc_fold = empty(BLOCK_M, SUM_COLUMNS, DP)
     for part in tl.static_range(2 if ALL_MASKED else 0, 3):
         # Masked tiles at the lower end, full ones, masked ones at the upper end.
         if part == 0:
@@ -135,16 +136,18 @@ def _walk(
                     SCORE_MOD, MASK_MOD, WINDOW, part != 1, DESCRIPTORS and part == 1,
                 )  # fmt: skip
                 if (n + BLOCK_N) % SPLIT == 0:
-                    if PARTIALS and not alone:
+                    if PARTIALS:
                         _store_state(partial, n // SPLIT, m, total, acc, D)
                     else:
                         m_fold, total_fold, acc_fold = merge(m_fold, total_fold, acc_fold, m, total, acc)
                     # The next tile scales what is left by exp2(-inf), and so begins from zeros.
                     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if PARTIALS and not alone:  # noqa: SIM102 (as above)
+    if PARTIALS:
         if tl.cdiv(stop, BLOCK_N) * BLOCK_N % SPLIT != 0:
             _store_state(partial, stop // SPLIT, m, total, acc, D)
-    return merge(m_fold, total_fold, acc_fold, m, total, acc)
+    else:
+        m, total, acc = merge(m_fold, total_fold, acc_fold, m, total, acc)
+    return m, total, acc
 
 
 @triton.jit
@@ -169,7 +172,19 @@ def _request_of(tile, query_start_ptr, requests, G: tl.constexpr, BLOCK_M: tl.co
     return low, tile - (tl.load(query_start_ptr + low) * G // BLOCK_M + low)
 
 
-@triton.jit(do_not_specialize=["requests", "tiles", "parts", "least", "slots", "short_rows", "max_seq_len", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "requests",
+        "tiles",
+        "parts",
+        "least",
+        "slots",
+        "short_rows",
+        "max_seq_len",
+        "window",
+        "table_stride",
+    ]
+)
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, slopes_ptr, data_ptr,
     out_ptr, partial_ptr, partial_m_ptr, partial_total_ptr,
@@ -178,15 +193,15 @@ def attention_kernel(
     k_stride_block, k_stride_slot, k_stride_head, v_stride_block, v_stride_slot, v_stride_head,
     k_rows_block, k_rows_head, k_columns_head, v_rows_block, v_rows_head, v_columns_head,
     KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr, PARTIALS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr,
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
     SCORE_MOD: tl.constexpr, MASK_MOD: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of a request's rows (token by token, the query heads of one KV head together) over the keys it sees.
 
-    SHORT: requests of at most ``short_rows`` rows, ``tiles`` tiles each. With PARTIALS a tile's splits are dealt to up
-    to ``parts`` programs, at least ``least`` to each: one that takes all of them folds them here, others write a state
+    SHORT: requests of at most ``short_rows`` rows, ``tiles`` tiles each. A tile's splits are dealt to up to
+    ``parts`` programs, at least ``least`` to each: one that takes all of them folds them here, others write a state
     for each split. Not SHORT: requests of more rows, the last of all ``tiles`` tiles first: they see the most keys.
     """
     begin(PDL)
@@ -226,43 +241,45 @@ def attention_kernel(
     query, keys = (q, head, q_position), (first, stop, table_ptr + tl.cast(request, tl.int64) * table_stride)
     parameters = (factor, scale, softcap, window, slopes_ptr, data_ptr)
     start = first // BLOCK_N * BLOCK_N
-    alone = True
-    partial = ()
-    if PARTIALS:
+    if SHORT:
         # Splits in a row, so that loads run ahead from one to the next.
         count = last_split - first_split
         each = splits_of_a_part(count, parts, least)
-        alone = each == count
         start = tl.maximum(start, (first_split + part * each) * SPLIT)
         stop = tl.minimum(stop, (first_split + (part + 1) * each) * SPLIT)
         if start >= stop:
             return
-        held = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows
-        partial = (partial_ptr + held * D, partial_m_ptr + held, partial_total_ptr + held,
-                   first_split, short_rows, row, d, valid, mask)  # fmt: skip
+        if each < count:
+            held = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows
+            partial = (partial_ptr + held * D, partial_m_ptr + held, partial_total_ptr + held,
+                       first_split, short_rows, row, d, valid, mask)  # fmt: skip
+            _walk(
+                start, 0, 0, stop, query, keys, k, v, parameters, partial, HEADS, D, DP, BLOCK_SIZE, BLOCK_M, BLOCK_N,
+                SPLIT, SOFTCAP, ALIBI, SCORE_MOD, MASK_MOD, WINDOW, True, True, DESCRIPTORS, STAGES,
+            )  # fmt: skip
+            return
     if WINDOW:
         full_start = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N) * BLOCK_N
     else:
         full_start = 0
     m, total, acc = _walk(
-        start, full_start, (first_position + 1) // BLOCK_N * BLOCK_N, stop, query, keys, k, v, parameters, partial,
-        alone, HEADS, D, DP, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, SOFTCAP, ALIBI, SCORE_MOD, MASK_MOD, WINDOW,
-        SHORT or MASK_MOD is not None, PARTIALS, DESCRIPTORS, STAGES,
+        start, full_start, (first_position + 1) // BLOCK_N * BLOCK_N, stop, query, keys, k, v, parameters, (),
+        HEADS, D, DP, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, SOFTCAP, ALIBI, SCORE_MOD, MASK_MOD, WINDOW,
+        SHORT or MASK_MOD is not None, False, DESCRIPTORS, STAGES,
     )  # fmt: skip
-    if alone:
-        out = finish(m, total, acc, sinks_ptr, head, HEADS, SINKS)
-        # Longer than was promised: the table need not hold it.
-        out = tl.where(seq_len > max_seq_len, float("nan"), out)
-        out_offset = (q_row * out_stride_token + head * out_stride_head)[:, None] + d[None, :]
-        tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
+    out = finish(m, total, acc, sinks_ptr, head, HEADS, SINKS)
+    # Longer than was promised: the table need not hold it.
+    out = tl.where(seq_len > max_seq_len, float("nan"), out)
+    out_offset = (q_row * out_stride_token + head * out_stride_head)[:, None] + d[None, :]
+    tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["parts", "least", "slots", "short_rows", "max_seq_len", "window"])
+@triton.jit(do_not_specialize=["parts", "least", "slots", "short_rows", "block_m", "max_seq_len", "window"])
 def fold_kernel(
     partial_ptr, partial_m_ptr, partial_total_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, out_ptr,
-    parts, least, slots, short_rows, max_seq_len, window, out_stride_token, out_stride_head,
-    KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr,
-    AT_ONCE: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    parts, least, slots, short_rows, block_m, max_seq_len, window, out_stride_token, out_stride_head,
+    KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
+    SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the states of one row's splits in ascending order, reading ``AT_ONCE`` of them at a time."""
     begin(PDL)
@@ -276,9 +293,9 @@ def fold_kernel(
         return
     context = tl.minimum(seq_len, max_seq_len) - query_len
     # The splits that the row's tile wrote.
-    tile_row = row // BLOCK_M * BLOCK_M
+    tile_row = row // block_m * block_m
     first_position = context + tile_row // G
-    last_position = context + (tl.minimum(tile_row + BLOCK_M, rows) - 1) // G
+    last_position = context + (tl.minimum(tile_row + block_m, rows) - 1) // G
     _, first_split, last_split = split_range(first_position, last_position, window, SPLIT, WINDOW)
     count = last_split - first_split
     if splits_of_a_part(count, parts, least) == count:  # folded by the program that took them

@@ -10,8 +10,10 @@ import triton
 
 # Rows of a request for which its splits are computed side by side.
 MOST_SHORT_ROWS = 64
-# Programs that keep a device busy, where there is as much work.
+# Programs that keep a device busy, where there is as much work; a few tiles' splits go to as many.
 _PROGRAMS = 2048
+# Above as many tiles, one program takes all splits of most of them.
+BUSY_TILES = 256
 # Above this splits are folded in registers: no states of splits are kept.
 WORKSPACE_BYTES = 256 << 20
 
@@ -47,24 +49,46 @@ class AttentionTile:
 
 
 @dataclass(frozen=True)
+class HopperTile:
+    """What one program of ``attention_hopper`` takes: 64 rows on each of 2 or 3 ``warpgroups``, ``stages`` key tiles.
+
+    ``overlap``: a warpgroup multiplies one tile's values while it takes the next one's softmax.
+    """
+
+    warpgroups: int
+    stages: int
+    overlap: bool = True
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """How a batch is cut into programs.
 
     Requests of up to ``short_rows`` rows (query tokens times query heads of a KV head) take the tile ``short``; each
-    tile's splits are dealt to ``parts`` programs and merged by a second kernel, or in registers where ``parts`` is 1.
-    Requests of more rows take the tile ``long``. None where there are no such requests. ``descriptors``: whether
-    ``long`` loads full key tiles by tensor descriptor where the cache allows it.
+    tile's splits are dealt to up to ``parts`` programs, at least ``least`` to each, and merged by a second kernel, or
+    in registers where one program has them all. Requests of more rows take the tile ``long``. None where there are no
+    such requests. ``descriptors``: whether ``long`` loads full key tiles by tensor descriptor where the cache
+    allows it. ``hopper``: what takes the place of ``long`` where ``attention_hopper`` can.
     """
 
     short: AttentionTile | None
     short_rows: int
     parts: int
     long: AttentionTile | None
+    least: int = 1
     descriptors: bool = True
+    hopper: HopperTile | None = None
 
     def __post_init__(self) -> None:
-        if (self.short is None) != (self.short_rows == 0) or self.parts < 1 or self.short is self.long is None:
-            raise ValueError(f"{self} takes no request, or short_rows or parts does not fit it")
+        if (
+            (self.short is None) != (self.short_rows == 0)
+            or min(self.parts, self.least) < 1
+            or self.short is self.long is None
+        ):
+            raise ValueError(f"{self} takes no request, or short_rows, parts or least does not fit it")
+
+
+_HOPPER = {64: HopperTile(warpgroups=3, stages=4), 128: HopperTile(warpgroups=2, stages=4)}
 
 
 def attention_plan(
@@ -83,16 +107,24 @@ def attention_plan(
     rows = max_query_len * group
     only_short = rows <= max(MOST_SHORT_ROWS, group)
     if not only_short and requests == 1:
-        return AttentionPlan(None, 0, 1, _long_tile(head_dim))
+        return AttentionPlan(None, 0, 1, _long_tile(head_dim), hopper=_HOPPER.get(head_dim))
     # Beside long requests the short ones are taken to be decodes.
     short_rows = rows if only_short else max(16, group)
     block_m = min(64, max(16, triton.next_power_of_2(short_rows)))
-    short = AttentionTile(block_m, warps=4, stages=5 if head_dim <= 128 else 3)
-    tiles = requests * kv_heads * triton.cdiv(short_rows, short.block_m)
-    parts = max(1, min(max_splits, triton.cdiv(_PROGRAMS, tiles), 65535))
+    tiles = requests * kv_heads * triton.cdiv(short_rows, block_m)
+    busy = tiles > BUSY_TILES or head_dim > 128
+    if block_m == 16:
+        short = AttentionTile(16, warps=2, stages=3) if busy else AttentionTile(16, warps=4, stages=5)
+    else:
+        short = AttentionTile(block_m, warps=4, stages=3)
+    # A long request among many must not wait for one program alone.
+    parts = min(max_splits, max(2, triton.cdiv(_PROGRAMS, tiles)), 65535)
     if workspace_bytes(requests, kv_heads, max_splits, short_rows, head_dim) > WORKSPACE_BYTES:
         parts = 1
-    return AttentionPlan(short, short_rows, parts, None if only_short else _long_tile(head_dim))
+    least = triton.cdiv(tiles, 32)
+    if only_short:
+        return AttentionPlan(short, short_rows, parts, None, least)
+    return AttentionPlan(short, short_rows, parts, _long_tile(head_dim), least, hopper=_HOPPER.get(head_dim))
 
 
 def workspace_bytes(requests: int, kv_heads: int, max_splits: int, short_rows: int, head_dim: int) -> int:
@@ -102,5 +134,5 @@ def workspace_bytes(requests: int, kv_heads: int, max_splits: int, short_rows: i
 
 def _long_tile(head_dim: int) -> AttentionTile:
     if head_dim <= 128:
-        return AttentionTile(64, warps=4, stages=3)
+        return AttentionTile(64, warps=4, stages=2)
     return AttentionTile(64, warps=8, stages=2)

@@ -326,7 +326,9 @@ def test_no_requests_and_no_rows() -> None:
     ("change", "message"),
     [
         ({"q": lambda a: a["q"].double()}, "q is torch.float64"),
-        ({"q": lambda a: a["q"][..., :48]}, r"q is \(5, 3, 48\)"),
+        ({"q": lambda a: a["q"][..., :48]}, r"k_cache is .* 48\]"),
+        ({x: lambda a, x=x: a[x][..., :48] for x in ("q", "k_cache", "v_cache")}, r"q is \(5, 3, 48\) .* D one of"),
+        ({"v_cache": lambda a: a["v_cache"].transpose(1, 3).contiguous().transpose(1, 3)}, "v_cache has strides"),
         (
             {
                 "k_cache": lambda a: a["k_cache"].repeat(1, 1, 2, 1),
