@@ -86,7 +86,7 @@ def test_compiled_code_is_never_shared(qwen3: Path) -> None:
         ({"kv_split": 100}, "'kv_split' is 100: must be one of 64, 128, 256, 512, 1024"),
         (
             {"split": 256},
-            "unknown deterministic setting 'split'; known are kv_split, default_seed, allow_untested, "
+            "unknown deterministic setting 'split'; known are kv_split, attention, default_seed, allow_untested, "
             "allow_uncovered, coverage_file, fingerprint_weights",
         ),
         ({"default_seed": -1}, "'default_seed' is -1"),

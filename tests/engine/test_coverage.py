@@ -9,12 +9,14 @@ import pytest
 import torch
 import vllm
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends import registry
 
 from vllm_deterministic.engine import attention, covered_settings, plugin
 from vllm_deterministic.engine.config import DeterministicConfig, RefusalError
 from vllm_deterministic.engine.coverage import Coverage, Entry
 from vllm_deterministic.engine.covered_settings import setting_gaps
-from vllm_deterministic.engine.devices import CPU, CUDA, current_device
+from vllm_deterministic.engine.cuda_attention import DeterministicCUDAAttentionBackend
+from vllm_deterministic.engine.devices import CPU, CUDA, current_device, register_attention
 
 plugin.register()
 
@@ -99,25 +101,17 @@ def test_device_that_is_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current_device() is CUDA
 
 
-def test_architecture_refused_on_a_gpu_alone(model_folder: Callable[..., Path]) -> None:
-    folder = model_folder("mistral")
-    config = EngineArgs(model=str(folder), dtype="bfloat16", block_size=16).create_engine_config()
-    assert setting_gaps(config, DeterministicConfig(), CPU) == ()
-    gap, runner = setting_gaps(config, DeterministicConfig(), CUDA)
-    assert runner.name == "model runner V1"
-    assert gap.name == "architecture MistralForCausalLM"
-    assert "covered on this device are LlamaForCausalLM, Qwen3ForCausalLM" in gap.refusal
-
-
 @pytest.mark.parametrize(
     ("changes", "settings", "what"),
     [
         ({"dtype": "float32"}, {}, "dtype float32 is not covered"),
-        ({"block_size": 64}, {}, "block size 64 is not covered: --block-size must be a power of two from 16 to 32"),
-        ({}, {"kv_split": 512}, "--deterministic-kv-split is not covered: attention on a GPU does not split yet"),
+        ({"block_size": 256}, {"kv_split": 128}, "block size 256 is not covered: --block-size must be a power of two"),
     ],
 )
-def test_refused_on_a_gpu(changes: dict[str, Any], settings: dict[str, Any], what: str, qwen3: Path) -> None:
+def test_refused_on_a_gpu(
+    changes: dict[str, Any], settings: dict[str, Any], what: str, qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(covered_settings, "open_cells", dict)
     config = EngineArgs(model=str(qwen3), **{"dtype": "bfloat16", "block_size": 16, **changes}).create_engine_config()
     gap, runner = setting_gaps(config, DeterministicConfig(**settings), CUDA)
     assert what in gap.refusal
@@ -127,7 +121,17 @@ def test_refused_on_a_gpu(changes: dict[str, Any], settings: dict[str, Any], wha
 def test_attention_backend_of_the_other_device_is_refused(qwen3: Path) -> None:
     with pytest.raises(RefusalError, match="--attention-backend TRITON_ATTN cannot be used"):
         covered_settings.check_engine_args(EngineArgs(model=str(qwen3), attention_backend="TRITON_ATTN"), CUDA)
-    covered_settings.check_engine_args(EngineArgs(model=str(qwen3), attention_backend="FLASH_ATTN"), CUDA)
+    covered_settings.check_engine_args(EngineArgs(model=str(qwen3), attention_backend="CUSTOM"), CUDA)
+
+
+def test_attention_of_another_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {registry.AttentionBackendEnum.CUSTOM: "theirs.Backend"})
+    with pytest.raises(RefusalError, match=r"CUSTOM is theirs\.Backend in this process"):
+        register_attention(CUDA)
+    registry.AttentionBackendEnum.CUSTOM.clear_override()
+    register_attention(CUDA)
+    register_attention(CUDA)
+    assert registry.AttentionBackendEnum.CUSTOM.get_class() is DeterministicCUDAAttentionBackend
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,14 @@ class DeterministicConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kv_split: int = Field(256, description="positions in one split of the KV cache; part of what the bytes depend on")
+    kv_split: int = Field(
+        256,
+        description="positions in one split of the KV cache (on a GPU 512 unless given); the bytes depend on it",
+    )
+    attention: Literal["triton", "flex"] = Field(
+        "triton",
+        description="attention on a GPU by the project's kernel or by torch's FlexAttention; the bytes depend on it",
+    )
     default_seed: int = Field(0, ge=0, lt=1 << 31, description="base of the seeds of requests that bring none")
     allow_untested: bool = Field(False, description="start on a vLLM version that has not been tested")
     allow_uncovered: bool = Field(False, description="start without the promise where a part is not covered")

@@ -1,8 +1,9 @@
 """The gaps in an engine's settings: what has not been proven, found before anything is built."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .architectures import open_cells
 from .config import FLAG, DeterministicConfig, RefusalError
 from .coverage import Entry
 from .devices import CUDA, Device
@@ -16,6 +17,13 @@ TESTED_VERSIONS = ("0.32.0",)
 LOAD_FORMATS = ("auto", "hf", "safetensors", "mistral", "pt", "dummy")
 _WITHOUT_FLAG = f"serve it without {FLAG}"
 _UNPROVEN = "it is not proven yet"
+# What of an architecture a setting switches off, and which: of a config, whether it is off.
+_SWITCHES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prefix cache": (lambda config: not config.cache_config.enable_prefix_caching, "--no-enable-prefix-caching"),
+    "chunks": (lambda config: not config.scheduler_config.enable_chunked_prefill, "--no-enable-chunked-prefill"),
+    "compiled and CUDA graphs": (lambda config: config.model_config.enforce_eager, "--enforce-eager"),
+    "async scheduling": (lambda config: not config.scheduler_config.async_scheduling, "--no-async-scheduling"),
+}
 
 
 def check_versions(deterministic: DeterministicConfig) -> None:
@@ -42,7 +50,7 @@ def check_engine_args(engine_args: "EngineArgs", device: Device) -> None:
     """
     backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
     name = getattr(backend, "name", backend)
-    if name not in (None, "auto", device.attention_backend):
+    if name not in (None, "auto", device.attention_backend[0]):
         raise RefusalError(
             f"--attention-backend {name} cannot be used with deterministic serving, which brings its own: leave it out"
         )
@@ -65,6 +73,7 @@ def setting_gaps(config: "VllmConfig", deterministic: DeterministicConfig, devic
     """What is not covered of an engine's settings, in the order in which it would be refused."""
     return (
         *_model_gaps(config.model_config, device),
+        *_open_cells(config, device),
         *_weight_gaps(config),
         *_cache_gaps(config, deterministic, device),
         *_feature_gaps(config, device),
@@ -104,6 +113,18 @@ def _model_gaps(model: Any, device: Device) -> Iterator[Entry]:
         yield _gap("prompt embeddings", _UNPROVEN, "start without --enable-prompt-embeds")
 
 
+def _open_cells(config: "VllmConfig", device: Device) -> Iterator[Entry]:
+    if device is not CUDA or config.model_config is None:
+        return
+    for architecture in config.model_config.architectures:
+        still_open = open_cells().get(architecture, ())
+        switched_on = [cell for cell in still_open if cell in _SWITCHES and not _SWITCHES[cell][0](config)]
+        for cell in switched_on:
+            yield _gap(f"architecture {architecture} with {cell}", _UNPROVEN, f"start with {_SWITCHES[cell][1]}")
+        if always := [cell for cell in still_open if cell not in _SWITCHES]:
+            yield _gap(f"architecture {architecture} with {', '.join(always)}", _UNPROVEN, _WITHOUT_FLAG)
+
+
 def _weight_gaps(config: "VllmConfig") -> Iterator[Entry]:
     load_format = config.load_config.load_format
     if load_format not in LOAD_FORMATS:
@@ -121,14 +142,14 @@ def _weight_gaps(config: "VllmConfig") -> Iterator[Entry]:
 
 
 def _cache_gaps(config: "VllmConfig", deterministic: DeterministicConfig, device: Device) -> Iterator[Entry]:
-    cache, largest = config.cache_config, device.largest_block or deterministic.kv_split
-    if device is CUDA and deterministic.kv_split != DeterministicConfig.model_fields["kv_split"].default:
-        yield _gap("--deterministic-kv-split", "attention on a GPU does not split yet", "leave it out", can_start=False)
-    # The attention on CPU is the plugin's own and knows neither another dtype nor blocks that do not divide a split.
-    can_start = device is CUDA
+    cache, largest = config.cache_config, deterministic.kv_split
+    if device is not CUDA and deterministic.attention != "triton":
+        why = "attention on CPU has one road of its own"
+        yield _gap(f"--deterministic-attention {deterministic.attention}", why, "leave it out", can_start=False)
+    # The attention is the plugin's own and knows neither another dtype nor blocks that do not divide a split.
     if cache.cache_dtype != "auto":
         yield _gap(
-            f"KV cache dtype '{cache.cache_dtype}'", _UNPROVEN, "leave --kv-cache-dtype at 'auto'", can_start=can_start
+            f"KV cache dtype '{cache.cache_dtype}'", _UNPROVEN, "leave --kv-cache-dtype at 'auto'", can_start=False
         )
     size = cache.block_size
     if size is not None and (size < 16 or size > largest or size & (size - 1)):
@@ -136,7 +157,7 @@ def _cache_gaps(config: "VllmConfig", deterministic: DeterministicConfig, device
             f"block size {size}",
             f"--block-size must be a power of two from 16 to {largest}",
             "choose such a size",
-            can_start=can_start,
+            can_start=False,
         )
     if cache.kv_sharing_fast_prefill:
         yield _gap("--kv-sharing-fast-prefill", _UNPROVEN, "leave it out")

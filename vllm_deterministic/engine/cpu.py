@@ -5,11 +5,10 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from . import fingerprint, linear, patches
-from .devices import CPU, Device
+from .devices import CPU, Device, register_attention
 from .sampling import DeterministicSampler
 from .worker import DeterministicWorker
 
@@ -28,10 +27,7 @@ class DeterministicCPUWorker(DeterministicWorker, CPUWorker):
     def prepare() -> None:
         """See ``DeterministicWorker``."""
         patches.apply(patches.CPU_WORKER)
-        # vLLM ignores a request for another backend on CPU, but honours another class under its own name.
-        register_backend(
-            AttentionBackendEnum.CPU_ATTN, "vllm_deterministic.engine.attention.DeterministicCPUAttentionBackend"
-        )
+        register_attention(CPU)
 
     def certify(self, model: torch.nn.Module) -> Mapping[str, tuple[int, ...]]:
         """See ``DeterministicWorker``."""

@@ -14,7 +14,7 @@ from vllm_deterministic.triton_kernels.tiles import TilePlan
 
 from . import cuda_linear, fingerprint, patches
 from . import cuda_ops as cuda_ops  # defines the operations
-from .devices import CUDA, Device
+from .devices import CUDA, Device, register_attention
 from .worker import DeterministicWorker
 
 
@@ -33,6 +33,7 @@ class DeterministicCUDAWorker(DeterministicWorker, Worker):
         """See ``DeterministicWorker``."""
         switch_on_guards()
         patches.apply(patches.CUDA_WORKER)
+        register_attention(CUDA)
 
     def certify(self, model: torch.nn.Module) -> Mapping[str, TilePlan]:
         """See ``DeterministicWorker``."""
@@ -46,9 +47,9 @@ class DeterministicCUDAWorker(DeterministicWorker, Worker):
 def switch_on_guards() -> None:
     """Switch on vLLM's batch-invariant mode in this process, which has not built anything of the engine yet.
 
-    The mode gives FlashAttention one split and keeps TF32 out. vLLM reads the variable when it builds what depends on
-    it, all of it in the worker; only LoRA and the Triton attention backend read it on import, and both are refused. In
-    the frontend it would switch torch.compile off for the shapes that vLLM's own product has tiles for.
+    The mode keeps TF32 out and vLLM from choosing kernels by load. vLLM reads the variable when it builds what depends
+    on it, all of it in the worker; only LoRA and the Triton attention backend read it on import, and both are refused.
+    In the frontend it would switch torch.compile off for the shapes that vLLM's own product has tiles for.
     """
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
     os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")

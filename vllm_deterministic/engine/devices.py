@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .architectures import open_cells
 from .config import RefusalError
 
 
@@ -12,20 +13,20 @@ class Device:
     Attributes:
         name: cpu or cuda.
         vllm_worker, worker: class of vLLM's worker, and of the one that takes its place.
-        attention_backend: vLLM's name for the one that serves.
+        attention_backend: vLLM's name for the one that serves, and the class that stands behind the name.
         architectures: of models; each is held by tests on this kind of device.
         dtypes: of the model.
-        largest_block: slots of a KV cache block, at most; None: as many as the KV split.
+        kv_split: positions in one split of the KV cache, unless the user sets it.
         model_runner: vLLM's version of it that is covered.
     """
 
     name: str
     vllm_worker: str
     worker: str
-    attention_backend: str
+    attention_backend: tuple[str, str]
     architectures: tuple[str, ...]
     dtypes: tuple[str, ...]
-    largest_block: int | None
+    kv_split: int
     model_runner: int
 
 
@@ -33,24 +34,42 @@ CPU = Device(
     name="cpu",
     vllm_worker="vllm.v1.worker.cpu_worker.CPUWorker",
     worker="vllm_deterministic.engine.cpu.DeterministicCPUWorker",
-    attention_backend="CPU_ATTN",
+    # vLLM ignores a request for another backend on CPU, but honours another class under its own name.
+    attention_backend=("CPU_ATTN", "vllm_deterministic.engine.attention.DeterministicCPUAttentionBackend"),
     architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     dtypes=("bfloat16", "float16", "float32"),
-    largest_block=None,
+    kv_split=256,
     model_runner=1,
 )
 CUDA = Device(
     name="cuda",
     vllm_worker="vllm.v1.worker.gpu_worker.Worker",
     worker="vllm_deterministic.engine.cuda.DeterministicCUDAWorker",
-    attention_backend="FLASH_ATTN",
-    architectures=("LlamaForCausalLM", "Qwen3ForCausalLM"),
+    attention_backend=("CUSTOM", "vllm_deterministic.engine.cuda_attention.DeterministicCUDAAttentionBackend"),
+    architectures=tuple(open_cells()),
     dtypes=("bfloat16", "float16"),
-    # From its key tile on (64 to 128 keys) FlashAttention 3 reads blocks by another road where queries are long.
-    largest_block=32,
+    kv_split=512,
     model_runner=2,
 )
 _MINIMUM_CAPABILITY = (8, 0)
+
+
+def register_attention(device: Device) -> None:
+    """Put the device's attention behind its name, in this process.
+
+    Raises:
+        RefusalError: another plugin has put its own there.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    name, path = device.attention_backend
+    member = AttentionBackendEnum[name]
+    if member.is_overridden() and member.get_path() != path:
+        raise RefusalError(
+            f"attention backend {name} is {member.get_path()} in this process: deterministic serving brings its own; "
+            "start without the plugin that registers the other"
+        )
+    register_backend(member, path)
 
 
 def current_device() -> Device:

@@ -105,7 +105,11 @@ def collect(
         },
         "versions": versions_part(),
         "machine": machine,
-        "attention": {"implementations": list(attention), "kv_split": deterministic.kv_split},
+        "attention": {
+            "implementations": list(attention),
+            "road": deterministic.attention,
+            "kv_split": deterministic.kv_split,
+        },
         "tiles": {"count": len(tiles), "sha256": digest(_plain(tiles))},
         "dtype": str(model.dtype).removeprefix("torch."),
         "parallel": {

@@ -85,13 +85,16 @@ def _requested(engine_args: "EngineArgs") -> DeterministicConfig | None:
 
 def _deterministic_config(engine_args: "EngineArgs", deterministic: DeterministicConfig, create: Any) -> "VllmConfig":
     from . import covered_settings, patches
-    from .devices import CUDA, current_device
+    from .devices import CUDA, current_device, register_attention
 
     covered_settings.check_versions(deterministic)
     device = current_device()
     covered_settings.check_engine_args(engine_args, device)
+    if "kv_split" not in deterministic.model_fields_set:
+        deterministic = deterministic.model_copy(update={"kv_split": device.kv_split})
+    register_attention(device)
     if device is CUDA and engine_args.attention_config.backend is None:
-        engine_args.attention_backend = device.attention_backend
+        engine_args.attention_backend = device.attention_backend[0]
     engine_args.additional_config = {
         **engine_args.additional_config,
         settings.ADDITIONAL_CONFIG_KEY: deterministic.model_dump(),
