@@ -69,9 +69,9 @@ def products() -> None:
             print(f"matmul {dtype} {n}x{k}, {len(plan.tiles)} tiles", flush=True)
 
 
-def attention_roads() -> None:
+def attention_roads(block_size: int) -> None:
     """Decodes, chunks and both in one batch, over pages that hold less than a block in the end."""
-    head_dim, block_size, lengths = 128, 16, (1, 37, 600, 1100)
+    head_dim, lengths = 128, (1, 37, 600, 1100)
     blocks = [-(-length // block_size) for length in lengths]
     table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32, device=DEVICE)
     numbers = iter(range(sum(blocks)))
@@ -85,7 +85,7 @@ def attention_roads() -> None:
         for window in (None, 100):
             attention(q, k, v, table, start, seq_lens, scale=0.1, max_query_len=max(queries), window=window)
     torch.cuda.synchronize()
-    print("attention", flush=True)
+    print(f"attention, blocks of {block_size}", flush=True)
 
 
 def main() -> None:
@@ -96,7 +96,8 @@ def main() -> None:
         torch.cuda.synchronize()
         return
     row_kernels()
-    attention_roads()
+    for block_size in (16, 64):  # a tile of keys is gathered from smaller ones, and loaded at once from larger ones
+        attention_roads(block_size)
     products()
 
 
