@@ -140,8 +140,6 @@ _ON_A_GPU = """
 import os
 os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
 from types import SimpleNamespace
-from vllm.v1.sample.ops import topk_topp_triton
-from vllm.v1.worker.gpu.sample import logprob
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_deterministic.engine import covered_modules, patches
 from vllm_deterministic.engine.devices import CUDA
@@ -157,10 +155,13 @@ def gaps():
 assert len(gaps()) == 9, gaps()
 patches.apply(patches.CUDA_WORKER)
 assert gaps() == [""], gaps()
-topk_topp_triton._SPLIT_MAX_BATCH = 64
-assert gaps() == ["top-p takes another algorithm in small batches"]
-topk_topp_triton._SPLIT_MAX_BATCH, logprob.torch = 0, __import__("torch")
-assert gaps() == ["ties of top_logprobs have no order"]
+for patch in patches.CUDA_SAMPLING:
+    owner, name = patches._place(patch)
+    patched = getattr(owner, name)
+    setattr(owner, name, object())
+    assert gaps() == [f"{patch.target} is not the deterministic one"], gaps()
+    setattr(owner, name, patched)
+assert gaps() == [""], gaps()
 os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "1"
 patches.apply(patches.CUDA_WORKER)
 assert gaps() == ["FlashInfer's sampler is switched on"]

@@ -19,7 +19,7 @@ from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan
 from vllm_deterministic.engine import cuda_linear, cuda_ops, layers
 from vllm_deterministic.engine.config import RefusalError
 from vllm_deterministic.engine.cuda_linear import PlannedMatmul
-from vllm_deterministic.engine.sampling import TorchWithOrderedTopk
+from vllm_deterministic.engine.cuda_sampling import TorchWithOrderedTopk
 
 ops = torch.ops.vllm_deterministic
 

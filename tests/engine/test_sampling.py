@@ -83,5 +83,6 @@ def test_request_without_a_seed_gets_the_documented_one(qwen3: Path, start: Call
     first = default_seed(0, prompt["prompt_token_ids"])
     assert unseeded == [ids(llm, seed=first + index)[0] for index in range(3)]
     assert len({tuple(choice) for choice in unseeded}) == 3
+    assert ids(llm, n=3) == unseeded
     llm = start(qwen3, additional_config={"deterministic": {"default_seed": 1}})
     assert ids(llm, n=3) != unseeded

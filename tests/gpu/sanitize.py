@@ -21,6 +21,8 @@ from vllm_deterministic.triton_kernels.launch import capability
 from vllm_deterministic.triton_kernels.matmul import batched_matmul, matmul
 from vllm_deterministic.triton_kernels.tile_table import tile_plan
 from vllm_deterministic.triton_kernels.tiles import class_reference
+from vllm_deterministic.triton_kernels.token_logprobs import token_logprobs
+from vllm_deterministic.triton_kernels.top_k_top_p import top_k_top_p
 
 DEVICE = torch.device("cuda", 0)
 ROWS = (1, 3, 130)
@@ -88,6 +90,18 @@ def attention_roads(block_size: int) -> None:
     print(f"attention, blocks of {block_size}", flush=True)
 
 
+def sampling() -> None:
+    """Cuts among candidates and in rows, whose logits are peaked or flat, and logprobs."""
+    for width, rows, scale in itertools.product((77, 9001, WIDEST), ROWS, (8.0, 0.5)):
+        x = torch.randn(rows, width, device=DEVICE) * scale
+        token_logprobs(x.bfloat16(), torch.randint(width, (rows, 33), device=DEVICE))
+        k = torch.full((rows,), 20, dtype=torch.int32, device=DEVICE)
+        k[::2] = width
+        top_k_top_p(x, k, torch.full((rows,), 0.95, device=DEVICE))
+    torch.cuda.synchronize()
+    print("sampling", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plant", action="store_true", help="write one element past an output instead")
@@ -96,6 +110,7 @@ def main() -> None:
         torch.cuda.synchronize()
         return
     row_kernels()
+    sampling()
     for block_size in (16, 64):  # a tile of keys is gathered from smaller ones, and loaded at once from larger ones
         attention_roads(block_size)
     products()

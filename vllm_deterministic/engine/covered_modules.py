@@ -23,10 +23,11 @@ from vllm.model_executor.layers.rotary_embedding import (
 )
 from vllm.model_executor.models.mistral import MistralAttention
 
+from . import patches
 from .config import FLAG
 from .coverage import Entry
 from .devices import CUDA, Device
-from .sampling import DeterministicSampler, TorchWithOrderedTopk
+from .sampling import DeterministicSampler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -212,16 +213,12 @@ def sampler_entry(sampler: type, device: Device) -> Entry:
 
 def _sampler_missing_on_gpu(sampler: type) -> str:
     import vllm.envs
-    from vllm.v1.sample.ops import topk_topp_triton
-    from vllm.v1.worker.gpu.sample import logprob
     from vllm.v1.worker.gpu.sample.sampler import Sampler
 
     if sampler is not Sampler:
         return "proven is vLLM's own sampler of runner V2"
-    if not isinstance(logprob.torch, TorchWithOrderedTopk):
-        return "ties of top_logprobs have no order"
-    if topk_topp_triton._SPLIT_MAX_BATCH != 0:
-        return "top-p takes another algorithm in small batches"
+    for patch in patches.missing(patches.CUDA_SAMPLING):
+        return f"{patch.target} is not the deterministic one"
     return "FlashInfer's sampler is switched on" if vllm.envs.VLLM_USE_FLASHINFER_SAMPLER else ""
 
 

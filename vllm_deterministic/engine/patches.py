@@ -32,16 +32,23 @@ class Patch:
 def apply(patches: Sequence[Patch]) -> None:
     """Apply each patch that this process has not applied yet."""
     for patch in patches:
-        module, _, path = patch.target.partition(":")
-        *owners, name = path.split(".")
-        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        owner, name = _place(patch)
         original = owner.__dict__.get(name, getattr(owner, name))
-        if getattr(original, "_deterministic_patch", False):
-            continue
-        replacement = patch.make(original)
-        if not isinstance(replacement, int):  # a number cannot be marked, and replacing it again does no harm
+        if not getattr(original, "_deterministic_patch", False):
+            replacement = patch.make(original)
             replacement._deterministic_patch = True
-        setattr(owner, name, replacement)
+            setattr(owner, name, replacement)
+
+
+def missing(patches: Sequence[Patch]) -> list[Patch]:
+    """Those of the patches that are not in place in this process."""
+    return [patch for patch in patches if not getattr(getattr(*_place(patch)), "_deterministic_patch", False)]
+
+
+def _place(patch: Patch) -> tuple[Any, str]:
+    module, _, path = patch.target.partition(":")
+    *owners, name = path.split(".")
+    return functools.reduce(getattr, owners, importlib.import_module(module)), name
 
 
 def _seeding(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,10 +96,13 @@ def _module_forward(method: str) -> Callable[[Any], Any]:
     return make
 
 
-def _ordered_topk(original: Any) -> Any:
-    from .sampling import TorchWithOrderedTopk
+def _cuda_sampling(name: str) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        from . import cuda_sampling
 
-    return TorchWithOrderedTopk(original)
+        return getattr(cuda_sampling, name)(original)
+
+    return make
 
 
 def _model_runner(_original: type) -> type:
@@ -151,6 +161,64 @@ CPU_WORKER = (
     ),
 )
 
+_SAMPLE = "vllm.v1.worker.gpu.sample"
+
+CUDA_SAMPLING = (
+    *(
+        Patch(
+            target=f"{_SAMPLE}.{kernel}",
+            make=_cuda_sampling("WithoutFusion"),
+            why="The kernel is compiled anew for the dtypes and strides of logits, which neighbours may change, and "
+            "the compiler chooses which products and sums it rounds at once.",
+            how="Every operation rounds by itself.",
+            remove_when="vLLM compiles it so in its batch-invariant mode.",
+        )
+        for kernel in (
+            "gumbel:_gumbel_sample_kernel",
+            "gumbel:_temperature_kernel",
+            "min_p:_min_p_kernel",
+            "penalties:_penalties_kernel",
+        )
+    ),
+    *(
+        Patch(
+            target=f"{_SAMPLE}.{module}:apply_top_k_top_p",
+            make=_cuda_sampling("limiting"),
+            why="Top-p takes another algorithm in batches of up to 64 rows and is compiled anew where a neighbour asks "
+            "for top-k; rounding errors decide which of equal logits are cut off, and threads read from a buffer "
+            "what others write, without a barrier between.",
+            how="A row is cut at one element, by value and then by id, and all sums are of integers.",
+            remove_when="vLLM cuts a row at the same element in every batch.",
+        )
+        for module in ("sampler", "states")
+    ),
+    *(
+        Patch(
+            target=f"{_SAMPLE}.{module}:compute_token_logprobs",
+            make=_cuda_sampling("scoring"),
+            why="The sum is compiled anew for the most logprobs that any neighbour asks for and, with processed "
+            "logprobs, for another dtype where a neighbour needs processing.",
+            how="The sum is one of integers, which is exact in any order.",
+            remove_when="vLLM's logprobs are batch-invariant in its batch-invariant mode.",
+        )
+        for module in ("logprob", "prompt_logprob")
+    ),
+    Patch(
+        target=f"{_SAMPLE}.logprob:torch",
+        make=_cuda_sampling("TorchWithOrderedTopk"),
+        why="torch.topk orders equal logits by an algorithm that changes with k, the most that any neighbour asks for.",
+        how="The module sees a torch whose topk puts the lower id first.",
+        remove_when="vLLM orders the ties of top_logprobs.",
+    ),
+    Patch(
+        target=f"{_SAMPLE}.logit_bias:apply_logit_bias",
+        make=_cuda_sampling("bias_in_turns"),
+        why="Of one token, a thread may read the logit to add a bias, or forbid it, before another has restored it.",
+        how="Allowed ids, biases and stop ids have a launch each.",
+        remove_when="vLLM's kernel waits between them.",
+    ),
+)
+
 CUDA_WORKER = (
     *(
         _layer(layer, method, forward)
@@ -201,18 +269,5 @@ CUDA_WORKER = (
         how="One operation caps a row, however many there are.",
         remove_when="vLLM caps logits in a batch-invariant operation.",
     ),
-    Patch(
-        target="vllm.v1.worker.gpu.sample.logprob:torch",
-        make=_ordered_topk,
-        why="torch.topk orders equal logits by an algorithm that changes with k, the most that any neighbour asks for.",
-        how="The module sees a torch whose topk puts the lower id first.",
-        remove_when="vLLM orders the ties of top_logprobs.",
-    ),
-    Patch(
-        target="vllm.v1.sample.ops.topk_topp_triton:_SPLIT_MAX_BATCH",
-        make=lambda _original: 0,
-        why="Top-p takes another algorithm in batches of up to 64 rows.",
-        how="No batch is small enough for it.",
-        remove_when="vLLM takes one algorithm for every batch in its batch-invariant mode.",
-    ),
+    *CUDA_SAMPLING,
 )

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,22 +108,3 @@ class DeterministicSampler(Sampler):
         ranks = (logprobs >= chosen).sum(-1)
         ids = torch.cat((token_ids, top_ids), dim=1).to(torch.int32)
         return LogprobsTensors(ids, torch.cat((chosen, top), dim=1), ranks)
-
-
-class TorchWithOrderedTopk:
-    """``torch`` as vLLM's GPU logprobs see it: its ``topk``, which picks candidates, orders ties by ascending id."""
-
-    # Elements of one call: their keys take 32 MiB.
-    CHUNK: ClassVar[int] = 1 << 22
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def topk(self, x: torch.Tensor, k: int, dim: int = -1) -> torch.return_types.topk:
-        """The ``k`` largest of each row of ``[B, V]``; see ``reference.top_logprobs``."""
-        rows = max(1, self.CHUNK // x.shape[-1])
-        values, ids = zip(*(reference.top_logprobs(part.float(), k) for part in x.split(rows)), strict=True)
-        return torch.return_types.topk((torch.cat(values), torch.cat(ids)))
