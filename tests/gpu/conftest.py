@@ -1,6 +1,9 @@
 """What needs a CUDA device; on a machine without one everything here is skipped."""
 
+import json
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,10 +29,14 @@ def engines_in_this_process() -> Iterator[None]:
 
 @pytest.fixture
 def start(engines_in_this_process: None) -> Iterator[Callable[..., Any]]:
-    """Start a deterministic engine; it ends with the test or with the next start."""
+    """Start a deterministic engine; it ends with the test or with the next start.
+
+    What of an architecture is open may be: these tests are what proves it.
+    """
     from ..engine.engines import starting
 
     settings = {
+        "additional_config": {"deterministic": {"allow_uncovered": True}},
         "skip_tokenizer_init": True,
         "max_model_len": 2048,
         "max_num_seqs": 64,
@@ -37,4 +44,12 @@ def start(engines_in_this_process: None) -> Iterator[Callable[..., Any]]:
         "kv_cache_memory_bytes": 1 << 30,
     }
     with starting(**settings) as start:
-        yield start
+
+        def start_covered(model: Path, **changes: Any) -> Any:
+            engine = start(model, **changes)
+            coverage = json.loads(engine.collective_rpc("deterministic_coverage")[0])
+            gaps = [entry["name"] for entry in coverage["entries"] if entry["covered_by"] is None]
+            assert not [gap for gap in gaps if not re.match(r"architecture \w+ with ", gap)]
+            return engine
+
+        yield start_covered

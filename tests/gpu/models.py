@@ -84,6 +84,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 4,
             "head_dim": 256,
             "sliding_window": 300,
+            "tie_word_embeddings": True,  # vLLM has no other
         },
     ),
     "Phi3ForCausalLM": (
@@ -130,7 +131,6 @@ def write_model(folder: Path, architecture: str, **changes: Any) -> Path:
     """
     kind, settings = ARCHITECTURES[architecture]
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    # Tied to the embedding, the LM head of a shallow model answers with the token that it was asked with.
     own = {"architectures": [architecture], "dtype": "bfloat16", "tie_word_embeddings": False}
     config = AutoConfig.for_model(kind, **{**_DECODER, **special, **own, **settings, **changes})
     with torch.device("meta"):
@@ -139,9 +139,10 @@ def write_model(folder: Path, architecture: str, **changes: Any) -> Path:
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
     for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator, device=device).mul_(0.05)
-        # Gemma scales by one more than the weight of a norm.
-        if name.endswith("weight") and parameter.dim() == 1 and not kind.startswith("gemma"):
+        # A larger embedding that is the LM head too would answer with the token that it was asked with.
+        scale = 0.005 if config.tie_word_embeddings and "embed" in name else 0.05
+        values = torch.randn(parameter.shape, generator=generator, device=device).mul_(scale)
+        if name.endswith("weight") and parameter.dim() == 1:  # of a norm
             values += 1.0
         tensors[name] = values.bfloat16().cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
