@@ -1,7 +1,6 @@
 """Top-k and top-p: what of each row of logits a draw may take, each row with its own k and p.
 
-The elements of a row are ordered by value and, where they are equal, by falling id, as integers that are all different:
-so a row is cut at one key. The search counts elements and adds masses, both integers, which are exact in any order.
+A row is cut at one element, see ``row_cut.py``.
 """
 
 import torch
@@ -9,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .fixed_point import fold_masses, mass
+from .row_cut import LARGEST_WIDTH, NO_KEY, element_key, find_cut, needed_mass, total_mass
 from .rows import begin, check_floats, launch_options, part_of_row
-from .top_k import _keys
 
 # Elements that one program looks through.
 _PART = 4096
@@ -18,23 +17,8 @@ _PART = 4096
 _CAPACITY = 2048
 # What is looked at to guess a bound that few hundred elements reach: runs of neighbours, spread over the row.
 _RUNS, _RUN = 512, 32
-_LARGEST_WIDTH = 1 << 24
-_NO_KEY = tl.constexpr(-(1 << 62))
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _WARPS = 8
-
-
-@triton.jit
-def _key(x, id):
-    """An int64 that orders elements; of 56 bits, so that differences of two do not overflow."""
-    return (_keys(x, 0) >> 32 << 24) | (0xFFFFFF - id)
-
-
-@triton.jit
-def _value(key):
-    """The value in a key."""
-    ordered = (key >> 24).to(tl.int32)
-    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["x_stride"])
@@ -108,103 +92,7 @@ def _candidates_kernel(
         start = tl.atomic_add(count_ptr + row, tl.sum(reaches, axis=0), sem="relaxed")
         place = start + tl.cumsum(reaches, axis=0) - 1
         stored = (reaches == 1) & (place < CAPACITY)
-        tl.store(candidates_ptr + row * CAPACITY + place, _key(x, column), mask=stored)
-
-
-@triton.jit
-def _load_keys(x_ptr, candidates_ptr, place, count, IN_ROW: tl.constexpr):
-    if IN_ROW:
-        x = tl.load(x_ptr + place, mask=place < count, other=0.0)
-        keys = tl.where(place < count, _key(x, place), _NO_KEY)
-    else:
-        keys = tl.load(candidates_ptr + place, mask=place < count, other=_NO_KEY)
-    return keys
-
-
-@triton.jit
-def _total_mass(x_ptr, candidates_ptr, count, floor, maximum, IN_ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """The mass of the keys from ``floor`` on."""
-    masses = tl.zeros([BLOCK], dtype=tl.int64)
-    for start in range(0, count, BLOCK):
-        keys = _load_keys(x_ptr, candidates_ptr, start + tl.arange(0, BLOCK), count, IN_ROW)
-        counts = (keys >= floor) & (keys != _NO_KEY)
-        masses += tl.where(counts, mass(_value(keys), maximum), 0)
-    return tl.sum(masses, axis=0)
-
-
-@triton.jit
-def _search(
-    x_ptr,
-    candidates_ptr,
-    count,
-    floor,
-    maximum,
-    need,
-    MASS: tl.constexpr,
-    IN_ROW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PIVOTS: tl.constexpr,
-):
-    """The largest key from which on the keys weigh ``need`` or more; the smallest of all where they never do.
-
-    A key weighs one, or with MASS its mass, or nothing if it is below ``floor``.
-    """
-    low, high = tl.full([], -(1 << 56), dtype=tl.int64), tl.full([], 1 << 56, dtype=tl.int64)
-    # From `low` on the keys weigh enough, from `high` on they do not.
-    while high - low > 1:
-        pivots = low + (high - low) * (tl.arange(0, PIVOTS) + 1) // (PIVOTS + 1)
-        weights = tl.zeros([PIVOTS, BLOCK], dtype=tl.int64)
-        smallest = tl.full([BLOCK], 1 << 62, dtype=tl.int64)
-        largest = tl.full([BLOCK], -(1 << 62), dtype=tl.int64)
-        for start in range(0, count, BLOCK):
-            keys = _load_keys(x_ptr, candidates_ptr, start + tl.arange(0, BLOCK), count, IN_ROW)
-            weight = tl.full([BLOCK], 1, dtype=tl.int64)
-            if MASS:
-                weight = tl.where(keys >= floor, mass(_value(keys), maximum), 0)
-            weights += tl.where(keys[None, :] >= pivots[:, None], weight[None, :], 0)
-            between = (keys >= low) & (keys < high)
-            smallest = tl.minimum(smallest, tl.where(between, keys, 1 << 62))
-            largest = tl.maximum(largest, tl.where(between, keys, -(1 << 62)))
-        enough = tl.sum(weights, axis=1) >= need
-        # There is nothing to look for outside of the keys that are left.
-        new_low = tl.maximum(tl.max(tl.where(enough, pivots, low), axis=0), tl.min(smallest, axis=0))
-        high = tl.minimum(tl.min(tl.where(enough, high, pivots), axis=0), tl.max(largest, axis=0) + 1)
-        low = new_low
-    return low
-
-
-@triton.jit
-def _needed(p, total):
-    """The least mass that is no less than ``p`` of ``total``; at least 1, so that no row is left without an element."""
-    exact = p.to(tl.float64) * total.to(tl.float64)
-    least = exact.to(tl.int64)
-    least = tl.where(least.to(tl.float64) < exact, least + 1, least)
-    return tl.maximum(tl.minimum(least, total), 1)
-
-
-@triton.jit
-def _cut(
-    x_ptr,
-    candidates_ptr,
-    count,
-    k,
-    p,
-    need,
-    maximum,
-    width: tl.constexpr,
-    IN_ROW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PIVOTS: tl.constexpr,
-):
-    """The smallest key that a draw may take; ``need`` is the mass that p asks for where k limits nothing."""
-    cut = tl.full([], _NO_KEY, dtype=tl.int64)
-    if k < width:
-        cut = _search(x_ptr, candidates_ptr, count, cut, maximum, k.to(tl.int64), False, IN_ROW, BLOCK, PIVOTS)
-        need = _needed(p, _total_mass(x_ptr, candidates_ptr, count, cut, maximum, IN_ROW, BLOCK))
-    if p < 1.0:
-        found = _search(x_ptr, candidates_ptr, count, cut, maximum, need, True, IN_ROW, BLOCK, PIVOTS)
-        cut = tl.maximum(cut, found)
-    return cut
+        tl.store(candidates_ptr + row * CAPACITY + place, element_key(x, column), mask=stored)
 
 
 @triton.jit(do_not_specialize=["x_stride"])
@@ -229,7 +117,7 @@ def _cut_kernel(
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     k, p = tl.load(k_ptr + row), tl.load(p_ptr + row)
-    cut = tl.full([], _NO_KEY, dtype=tl.int64)
+    cut = tl.full([], NO_KEY, dtype=tl.int64)
     if (k < width) | (p < 1.0):
         parts, each = tl.cdiv(width, PART), tl.arange(0, PARTS)
         maxima = tl.load(maximum_ptr + row * parts + each, mask=each < parts, other=float("-inf"))
@@ -240,15 +128,15 @@ def _cut_kernel(
         enough = count >= k
         if k >= width:
             masses = tl.load(mass_ptr + row * parts + each, mask=each < parts, other=0)
-            need = _needed(p, fold_masses(maximum, maxima, masses))
+            need = needed_mass(p, fold_masses(maximum, maxima, masses))
             among = tl.minimum(count, CAPACITY)
-            enough = _total_mass(x_row, candidates_row, among, cut, maximum, False, CAPACITY) >= need
+            enough = total_mass(x_row, candidates_row, among, cut, maximum, False, CAPACITY) >= need
         # Where all finite elements are candidates, nothing is left to look for in the row.
         enough = enough | (tl.load(bound_ptr + row) == _LOWEST)
         if enough & (count <= CAPACITY):
-            cut = _cut(x_row, candidates_row, count, k, p, need, maximum, width, False, CAPACITY, PIVOTS)
+            cut = find_cut(x_row, candidates_row, count, k, p, need, maximum, width, False, CAPACITY, PIVOTS)
         else:
-            cut = _cut(x_row, candidates_row, width, k, p, need, maximum, width, True, PART, PIVOTS)
+            cut = find_cut(x_row, candidates_row, width, k, p, need, maximum, width, True, PART, PIVOTS)
     tl.store(cut_ptr + row, cut)
 
 
@@ -258,9 +146,9 @@ def _mask_kernel(x_ptr, cut_ptr, x_stride, width: tl.constexpr, PART: tl.constex
     row, _, column = part_of_row(width, PART)
     row = row.to(tl.int64)
     cut = tl.load(cut_ptr + row)
-    if cut != _NO_KEY:
+    if cut != NO_KEY:
         x = tl.load(x_ptr + row * x_stride + column, mask=column < width, other=0.0)
-        below = _key(x, column) < cut
+        below = element_key(x, column) < cut
         tl.store(x_ptr + row * x_stride + column, float("-inf"), mask=(column < width) & below)
 
 
@@ -293,8 +181,8 @@ def top_k_top_p(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | 
             "fp32 of [B, V] with elements side by side is needed"
         )
     num_rows, width = logits.shape
-    if width > _LARGEST_WIDTH:
-        raise ValueError(f"logits has rows of {width}; at most {_LARGEST_WIDTH} is allowed")
+    if width > LARGEST_WIDTH:
+        raise ValueError(f"logits has rows of {width}; at most {LARGEST_WIDTH} is allowed")
     # One compiled kernel, whether or not a neighbour asks for either.
     k = _limits("k", k, width, torch.int32, logits)
     p = _limits("p", p, 1.0, torch.float32, logits)
