@@ -173,66 +173,51 @@ def test_compilers_see_the_shapes_that_kernels_give() -> None:
         assert ops.gelu_and_mul(x, "tanh").shape == (3, 32)
 
 
-_WALK = """
-import json, sys, tempfile
-from types import SimpleNamespace
-from transformers import AutoConfig
-from vllm.engine.arg_utils import EngineArgs
-from vllm_deterministic.engine import covered_modules, patches, plugin, show_coverage
-from vllm_deterministic.engine.devices import CUDA
-
-plugin.register()
-if sys.argv[2] == "patched":
-    patches.apply(patches.CUDA_WORKER)
-
-def gaps(architecture, kind, settings):
-    with tempfile.TemporaryDirectory() as folder:
-        AutoConfig.for_model(kind, architectures=[architecture], **settings).save_pretrained(folder)
-        config = EngineArgs(folder, skip_tokenizer_init=True, dtype="bfloat16").create_engine_config()
-    with show_coverage._one_rank(config):
-        model = show_coverage._on_meta_device(config)
-        assert config.model_config.architectures == [architecture]
-        return [entry.name for entry in covered_modules.module_entries(model, CUDA) if entry.covered_by is None]
-
-asked = json.loads(sys.argv[1])
-print(json.dumps([gaps(*one) for one in asked]))
-"""
+FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2LMHeadModel": ("gpt2", {"activation_function": "gelu"}),
+    "MistralForCausalLM": ("mistral", {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 16}}),
+}
 
 
-def _gaps(asked: list[tuple[str, str, dict[str, Any]]], patched: str, folder: Path) -> Any:
-    """What is not covered on a GPU of each model, in a process of its own for the patches of that device."""
-    command = [sys.executable, "-c", _WALK, json.dumps(asked), patched]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def test_every_module_of_every_architecture_has_a_rule(tmp_path: Path) -> None:
-    """But for the attention, which is that of the CPU here."""
-    asked = [(name, kind, {"num_hidden_layers": 2, **settings}) for name, (kind, settings) in ARCHITECTURES.items()]
-    attention = "CPUAttentionBackendImpl"
-    others = [
-        ("GPT2LMHeadModel", "gpt2", {"activation_function": "gelu"}, "GELU"),
-        (
-            "MistralForCausalLM",
-            "mistral",
-            {
-                "num_hidden_layers": 1,
-                "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 16},
-            },
-            "MistralAttention",
-        ),
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
+    """Of every architecture, then of the faults; see the script."""
+    asked = [
+        (name, kind, {"num_hidden_layers": 2, **settings})
+        for name, (kind, settings) in (*ARCHITECTURES.items(), *FAULTS.items())
     ]
-    found = _gaps([*asked, *[(name, kind, settings) for name, kind, settings, _ in others]], "patched", tmp_path)
-    assert found[: len(asked)] == [[attention]] * len(asked)
-    for (*_, missing), names in zip(others, found[len(asked) :], strict=True):
-        assert missing in names
+    command = [sys.executable, Path(__file__).with_name("walk_gpu_models.py"), json.dumps(asked)]
+    result = subprocess.run(command, cwd=tmp_path_factory.mktemp("walk"), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: list[dict[str, list[str]]] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
-def test_what_is_not_in_place_is_found(tmp_path: Path) -> None:
-    names = ("Gemma2ForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel")
-    gemma, phi, gpt = _gaps([(name, *ARCHITECTURES[name]) for name in names], "as vLLM has them", tmp_path)
-    assert {"GemmaRMSNorm", "GeluAndMul", "RotaryEmbedding", "LogitsProcessor"} <= set(gemma)
-    assert {"RMSNorm", "SiluAndMul", "Phi3LongRoPEScaledRotaryEmbedding"} <= set(phi)
-    assert {"LayerNorm", "NewGELU", "QKVParallelLinear", "ParallelLMHead"} <= set(gpt)
-    assert "LogitsProcessor" not in gpt
+def test_every_module_of_every_architecture_has_a_rule(walked: list[dict[str, list[str]]]) -> None:
+    """But for the attention, which is that of the CPU here."""
+    for architecture, found in zip(ARCHITECTURES, walked, strict=False):
+        assert found["patched"] == ["CPUAttentionBackendImpl"], architecture
+
+
+def test_a_compiler_has_nothing_to_fuse(walked: list[dict[str, list[str]]]) -> None:
+    """Between the opaque operations lie sums and products that IEEE rounds in one way, each rounded before the next."""
+    computed = {"GPT2LMHeadModel": ["add"] * 5, "Gemma3ForCausalLM": ["mul"], "Gemma2ForCausalLM": ["mul"]}
+    for architecture, found in zip(ARCHITECTURES, walked, strict=False):
+        assert found["computed"] == computed.get(architecture, []), architecture
+        assert found["unrounded"] == [], architecture
+
+
+def test_planted_faults_are_found(walked: list[dict[str, list[str]]]) -> None:
+    gelu, scaled = walked[len(ARCHITECTURES) :]
+    assert "GELU" in gelu["patched"]
+    assert "gelu" in gelu["computed"]
+    assert "MistralAttention" in scaled["patched"]
+    assert {"log", "mul"} <= set(scaled["unrounded"])
+
+
+def test_what_is_not_in_place_is_found(walked: list[dict[str, list[str]]]) -> None:
+    plain = {architecture: set(found["plain"]) for architecture, found in zip(ARCHITECTURES, walked, strict=False)}
+    assert {"GemmaRMSNorm", "GeluAndMul", "RotaryEmbedding", "LogitsProcessor"} <= plain["Gemma2ForCausalLM"]
+    assert {"RMSNorm", "SiluAndMul", "Phi3LongRoPEScaledRotaryEmbedding"} <= plain["Phi3ForCausalLM"]
+    assert {"LayerNorm", "NewGELU", "QKVParallelLinear", "ParallelLMHead"} <= plain["GPT2LMHeadModel"]
+    assert "LogitsProcessor" not in plain["GPT2LMHeadModel"]
