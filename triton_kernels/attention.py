@@ -30,6 +30,7 @@ def attention(
     seq_lens: torch.Tensor,
     *,
     scale: float,
+    decodes: int = 0,
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
     fold: AttentionFold = DEFAULT_FOLD,
@@ -62,6 +63,7 @@ def attention(
             written.
         seq_lens: ``[requests]`` int32, positions of each request, its query tokens being the last.
         scale: positive factor of the products.
+        decodes: so many of the first requests have one query token each, for sure. Fewer programs look for work.
         max_query_len: at least the most query tokens of a request; None takes T. A request of more is not written.
         max_seq_len: at least the largest of ``seq_lens``; None takes what the block table holds. A longer request
             becomes NaN.
@@ -97,6 +99,8 @@ def attention(
     max_query_len = max(1, len(q)) if max_query_len is None else max_query_len
     max_seq_len = max(1, held) if max_seq_len is None else max_seq_len
     check_bounds(max_query_len, max_seq_len, held)
+    if not 0 <= decodes <= min(requests, len(q)):
+        raise ValueError(f"decodes is {decodes}; of {requests} requests with {len(q)} query tokens that cannot be")
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(2) != 1:
@@ -115,6 +119,8 @@ def attention(
             max_query_len=max_query_len,
             max_splits=max_splits(fold, max_seq_len, window, MOST_SHORT_ROWS // group),
         )
+    if plan.short_rows < group:
+        decodes = 0  # they are among the long ones
     pdl = programmatic_launch(q)
     common = {
         "KV_HEADS": kv_heads, "G": group, "D": q.shape[2], "DP": triton.next_power_of_2(q.shape[2]),
@@ -132,7 +138,7 @@ def attention(
         attention_kernel[(programs,)](
             q, k_cache, v_cache, k[0], v[0], block_table, query_start_loc, seq_lens, sinks, alibi_slopes, mod_data,
             out, *partial,
-            requests, tiles, plan.parts, plan.least, slots, plan.short_rows, max_seq_len,
+            requests, decodes, tiles, plan.parts, plan.least, slots, plan.short_rows, max_seq_len,
             _LOG2E if modified else scale * _LOG2E, scale, softcap or 0.0, window or 0,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_table.stride(0),
             *k_cache.stride()[:3], *v_cache.stride()[:3], *k[1:], *v[1:],
@@ -161,7 +167,7 @@ def attention(
             kv_heads=kv_heads, split=fold.split, pdl=pdl,
         )  # fmt: skip
     elif plan.long:
-        tiles = len(q) * group // plan.long.block_m + requests
+        tiles = (len(q) - decodes) * group // plan.long.block_m + requests - decodes
         launch(plan.long, tiles * kv_heads, tiles, 0, (None, None, None), SHORT=False)
     return out
 

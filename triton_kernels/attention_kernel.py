@@ -157,12 +157,14 @@ def splits_of_a_part(count, parts, least):
 
 
 @triton.jit
-def _request_of(tile, query_start_ptr, requests, G: tl.constexpr, BLOCK_M: tl.constexpr):
+def _request_of(tile, query_start_ptr, requests, G: tl.constexpr, BLOCK_M: tl.constexpr, decodes=0):
     """The request that a tile belongs to, and the tile's number in it.
 
     Request r has the tiles from ``query_start[r] * G // BLOCK_M + r`` on: as many as it needs, and at most one more.
+    Those of the first ``decodes`` requests, of one token each, are left out.
     """
-    low, high = 0, requests
+    tile += decodes * G // BLOCK_M + decodes
+    low, high = decodes, requests
     while high - low > 1:
         middle = (low + high) // 2
         if tl.load(query_start_ptr + middle) * G // BLOCK_M + middle <= tile:
@@ -172,23 +174,15 @@ def _request_of(tile, query_start_ptr, requests, G: tl.constexpr, BLOCK_M: tl.co
     return low, tile - (tl.load(query_start_ptr + low) * G // BLOCK_M + low)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "requests",
-        "tiles",
-        "parts",
-        "least",
-        "slots",
-        "short_rows",
-        "max_seq_len",
-        "window",
-        "table_stride",
-    ]
-)
+# What follows the batch: a kernel compiled anew for it would be a spike of latency.
+_OF_THE_BATCH = ("requests", "decodes", "tiles", "parts", "least", "slots", "short_rows", "max_seq_len", "table_stride")
+
+
+@triton.jit(do_not_specialize=[*_OF_THE_BATCH, "window"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, slopes_ptr, data_ptr,
     out_ptr, partial_ptr, partial_m_ptr, partial_total_ptr,
-    requests, tiles, parts, least, slots, short_rows, max_seq_len, factor, scale, softcap, window,
+    requests, decodes, tiles, parts, least, slots, short_rows, max_seq_len, factor, scale, softcap, window,
     q_stride_token, q_stride_head, out_stride_token, out_stride_head, table_stride,
     k_stride_block, k_stride_slot, k_stride_head, v_stride_block, v_stride_slot, v_stride_head,
     k_rows_block, k_rows_head, k_columns_head, v_rows_block, v_rows_head, v_columns_head,
@@ -213,7 +207,7 @@ def attention_kernel(
         request = number // parts // tiles
     else:
         part = 0
-        request, tile = _request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M)
+        request, tile = _request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M, decodes)
     query_start = tl.load(query_start_ptr + request)
     query_len = tl.load(query_start_ptr + request + 1) - query_start
     seq_len = tl.load(seq_lens_ptr + request)

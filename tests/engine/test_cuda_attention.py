@@ -11,6 +11,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_deterministic.engine import cuda_attention
 from vllm_deterministic.engine.config import RefusalError
 from vllm_deterministic.engine.cuda_attention import (
     PREFERRED_BLOCK_SIZE,
@@ -177,3 +178,10 @@ def test_what_vllm_asks_of_a_backend() -> None:
         config = VllmConfig(additional_config={"deterministic": {"attention": road}})
         assert builder.get_cudagraph_support(config, None) is support
     assert DeterministicCUDAAttentionMetadata.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("starts", "decodes"), [([0], 0), ([0, 1], 1), ([0, 1, 2], 2), ([0, 1, 2, 7, 8], 2), ([0, 3, 4], 0), ([0, 0, 1], 0)]
+)
+def test_leading_decodes(starts: list[int], decodes: int) -> None:
+    assert cuda_attention._leading_decodes(torch.tensor(starts, dtype=torch.int32)) == decodes

@@ -189,8 +189,18 @@ def test_any_chunks_neighbours_blocks_and_roads(data: st.DataObject) -> None:
             plan=data.draw(st.sampled_from(sorted(PLANS))),
             block_size=data.draw(st.sampled_from([16, 32])),
             layout=data.draw(st.sampled_from(LAYOUTS)),
+            decodes=data.draw(st.integers(0, next((i for i, p in enumerate(pieces) if len(p) > 1), len(pieces)))),
             **options,
         )
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("decodes", [0, 3, 7])
+def test_chunks_behind_decodes(plan: str, decodes: int) -> None:
+    first, second = _tokens(55, 0), _tokens(60, 1)
+    expected = {id(tokens): _attend([whole(tokens)])[0] for tokens in (first, second)}
+    pieces = [*(Piece(first, end - 1, end) for end in range(20, 27)), Piece(second, 3, 60), Piece(first, 50, 55)]
+    _assert_rows(pieces, expected, plan, plan=plan, decodes=decodes)
 
 
 @pytest.mark.parametrize(
@@ -352,6 +362,7 @@ def test_no_requests_and_no_rows() -> None:
         ({"sinks": lambda a: torch.zeros(4)}, r"sinks is \(4,\)"),
         ({"alibi_slopes": lambda a: torch.zeros(3, 1)}, r"alibi_slopes is \(3, 1\)"),
         ({"out": lambda a: a["q"].half()}, "out is torch.float16"),
+        ({"decodes": lambda a: 2}, "decodes is 2; of 1 requests with 5"),
         ({"plan": lambda a: AttentionPlan(None, 0, 1, None)}, "takes no request"),
     ],
 )

@@ -1,7 +1,7 @@
 """The attention backend on a GPU: fixed splits over vLLM's paged cache, one fold for decode and prefill."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -69,6 +69,11 @@ class DeterministicCUDAAttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """No: the host's query lengths say which requests decode."""
+        return False
+
+    @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
 
@@ -97,6 +102,7 @@ class DeterministicCUDAAttentionMetadata:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    decodes: int
     max_query_len: int
     max_seq_len: int
 
@@ -118,6 +124,12 @@ class DeterministicCUDAAttentionMetadataBuilder(AttentionMetadataBuilder[Determi
         for impl in impls.values():
             impl.compile(kv_cache_spec.block_size, kv_cache_spec.dtype, device)
 
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> DeterministicCUDAAttentionMetadata:
+        """Metadata of a graph, which is replayed on other batches: it promises nothing of this one."""
+        return replace(self.build(0, common_attn_metadata), decodes=0)
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> DeterministicCUDAAttentionMetadata:
@@ -127,6 +139,7 @@ class DeterministicCUDAAttentionMetadataBuilder(AttentionMetadataBuilder[Determi
             common.query_start_loc,
             common.seq_lens,
             common.block_table_tensor,
+            _leading_decodes(common.query_start_loc_cpu),
             common.max_query_len,
             common.max_seq_len,
         )
@@ -184,6 +197,7 @@ class DeterministicCUDAAttentionImpl(AttentionImpl[DeterministicCUDAAttentionMet
                 torch.arange(requests + 1, dtype=torch.int32, device=device) * tokens,
                 torch.full((requests,), tokens, dtype=torch.int32, device=device),
                 torch.zeros(requests, columns, dtype=torch.int32, device=device),
+                0,
                 tokens,
                 max(tokens, positions),
             )
@@ -232,6 +246,7 @@ class DeterministicCUDAAttentionImpl(AttentionImpl[DeterministicCUDAAttentionMet
         output: torch.Tensor,
     ) -> None:
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        promises = {"decodes": metadata.decodes} if self.attention is attention else {}
         self.attention(
             query,
             keys,
@@ -248,7 +263,15 @@ class DeterministicCUDAAttentionImpl(AttentionImpl[DeterministicCUDAAttentionMet
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
             out=output,
+            **promises,
         )
+
+
+def _leading_decodes(query_start_loc: torch.Tensor) -> int:
+    """How many of the first requests have one query token; vLLM puts them first. ``query_start_loc`` is the host's."""
+    query_lens = query_start_loc.diff()
+    longer = (query_lens != 1).nonzero()
+    return int(longer[0]) if len(longer) else len(query_lens)
 
 
 def _settings(vllm_config: VllmConfig) -> DeterministicConfig:
