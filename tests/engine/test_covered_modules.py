@@ -22,9 +22,11 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_deterministic.engine import covered_modules, plugin, show_coverage
+from vllm_deterministic.engine.attention import DeterministicCPUAttentionImpl
 from vllm_deterministic.engine.config import RefusalError
 from vllm_deterministic.engine.coverage import Entry
 from vllm_deterministic.engine.cpu import DeterministicCPUWorker
+from vllm_deterministic.engine.cuda_attention import DeterministicCUDAAttentionImpl
 from vllm_deterministic.engine.devices import CPU, CUDA
 from vllm_deterministic.engine.sampling import DeterministicSampler
 
@@ -181,17 +183,11 @@ def _attention_entry(impl: Any) -> Entry:
     return entry
 
 
-@pytest.mark.parametrize(
-    ("batch_invariant", "version", "what"),
-    [(False, 3, "FlashAttention 3, batch-invariant: False"), (True, 4, "FlashAttention 4")],
-)
-def test_attention_in_more_than_one_split_is_found(batch_invariant: bool, version: int, what: str) -> None:
-    impl = object.__new__(FlashAttentionImpl)
-    impl.batch_invariant_enabled, impl.vllm_flash_attn_version = True, 3
-    assert _attention_entry(impl).covered_by is not None
-    impl.batch_invariant_enabled, impl.vllm_flash_attn_version = batch_invariant, version
-    assert what in _attention_entry(impl).why
-    assert "attention by object is not proven" in _attention_entry(object()).why
+@pytest.mark.parametrize("other", [DeterministicCPUAttentionImpl, FlashAttentionImpl])
+def test_attention_of_another_backend_is_found(other: type) -> None:
+    ours = object.__new__(DeterministicCUDAAttentionImpl)
+    assert _attention_entry(ours).covered_by is not None
+    assert f"attention by {other.__name__} is not the deterministic one" in _attention_entry(object.__new__(other)).why
 
 
 class UnprovenNorm(RMSNorm):

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.rotary_embedding import (
     common,
 )
 from vllm.model_executor.models.mistral import MistralAttention
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from . import patches
 from .config import FLAG
@@ -122,10 +123,8 @@ def _rules(device: Device) -> dict[type, Rule]:
         **dict.fromkeys(_ROTATIONS, Rule(rotation, replaced)),
         layernorm.RMSNorm: Rule("vllm_deterministic::rms_norm", replaced),
         activation.SiluAndMul: Rule("vllm_deterministic::silu_and_mul", replaced),
-        Attention: (
-            Rule("FlashAttention in one split, vLLM's batch-invariant mode", _flash_attention_missing)
-            if on_gpu
-            else Rule("fixed-split KV, certified tiles", _cpu_attention_missing)
+        Attention: Rule(
+            "fixed-split KV, one fold" if on_gpu else "fixed-split KV, certified tiles", _attention_missing(device)
         ),
         common.ApplyRotaryEmb: Rule("not called: the embedding around it rotates"),
         logits_processor.LogitsProcessor: Rule("the LM head's product", _soft_cap_missing),
@@ -180,25 +179,15 @@ def _linear_missing_on_gpu(module: Any) -> str:
     return "" if replaced else "its product is not the deterministic one"
 
 
-def _cpu_attention_missing(module: Any) -> str:
-    from .attention import DeterministicCPUAttentionImpl
+def _attention_missing(device: Device) -> Callable[[Any], str]:
+    _, backend = device.attention_backend
+    ours = resolve_obj_by_qualname(backend).get_impl_cls()
 
-    kind = type(module.impl)
-    return "" if kind is DeterministicCPUAttentionImpl else f"attention by {kind.__name__} is not the deterministic one"
+    def missing(module: Any) -> str:
+        kind = type(module.impl)
+        return "" if kind is ours else f"attention by {kind.__name__} is not the deterministic one"
 
-
-def _flash_attention_missing(module: Any) -> str:
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
-
-    impl = module.impl
-    if not isinstance(impl, FlashAttentionImpl):
-        return f"attention by {type(impl).__name__} is not proven, FLASH_ATTN is"
-    if not impl.batch_invariant_enabled or impl.vllm_flash_attn_version not in (2, 3):
-        return (
-            f"FlashAttention {impl.vllm_flash_attn_version}, batch-invariant: {impl.batch_invariant_enabled}; "
-            "proven are versions 2 and 3 in vLLM's batch-invariant mode"
-        )
-    return ""
+    return missing
 
 
 def sampler_entry(sampler: type, device: Device) -> Entry:
