@@ -154,17 +154,20 @@ def attention(
         partial = q.new_empty(states, q.shape[2], dtype=torch.float32), *q.new_empty(2, states, dtype=torch.float32)
         launch(plan.short, requests * tiles * plan.parts * kv_heads, tiles, slots, partial, SHORT=True)
         if slots:
-            fold_kernel[(requests * kv_heads * plan.short_rows,)](
+            # Where most splits are folded already, few programs look for the rest.
+            columns, rows_each = (common["DP"], plan.short_rows) if plan.busy else (32, 1)
+            programs = common["DP"] // columns * requests * kv_heads * triton.cdiv(plan.short_rows, rows_each)
+            fold_kernel[(programs,)](
                 *partial, query_start_loc, seq_lens, sinks, out, plan.parts, plan.least, slots, plan.short_rows,
-                plan.short.block_m, max_seq_len, window or 0, out.stride(0), out.stride(1),
-                AT_ONCE=8 if slots <= 8 else 32, num_warps=1, **common,
+                plan.short.block_m, rows_each, max_seq_len, window or 0, out.stride(0), out.stride(1),
+                COLUMNS=columns, AT_ONCE=8 if slots <= 8 or plan.busy else 64, num_warps=1, **common,
             )  # fmt: skip
     k, v = (_descriptor(x, fold.key_tile) if plan.long and plan.hopper else None for x in (k_cache, v_cache))
     if k and v and not modified and mask_mod is None and takes(q, fold.key_tile):
         attention_hopper(
-            q, k, v, block_table, query_start_loc, seq_lens, out, tile=plan.hopper, short_rows=plan.short_rows,
-            max_seq_len=max_seq_len, factor=scale * _LOG2E, window=window, sinks=sinks, block_size=block_size,
-            kv_heads=kv_heads, split=fold.split, pdl=pdl,
+            q, k, v, block_table, query_start_loc, seq_lens, out, tile=plan.hopper, decodes=decodes,
+            short_rows=plan.short_rows, max_seq_len=max_seq_len, factor=scale * _LOG2E, window=window, sinks=sinks,
+            block_size=block_size, kv_heads=kv_heads, split=fold.split, pdl=pdl,
         )  # fmt: skip
     elif plan.long:
         tiles = (len(q) - decodes) * group // plan.long.block_m + requests - decodes

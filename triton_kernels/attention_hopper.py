@@ -2,7 +2,8 @@
 
 A ring of ``stages`` tiles of keys and one of values lie between the loading warp and the consumers, each guarded by two
 mbarriers a stage: ``full`` (the tile has landed) and ``empty`` (every consumer has read it). The consumers share the
-tiles and are else independent, so that one's products run under another's softmax.
+tiles and are else independent, or take turns to begin one, so that one's products run under another's softmax. Tiles
+of keys are numbered on from one tile of rows to the next, so that loading runs ahead across them.
 
 Invariant: the bytes are those of ``attention_kernel``, whose steps ``_softmax``, ``_fold`` and ``_finish`` repeat.
 """
@@ -24,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 from .attention_fold import LOG2E, finite, split_range
-from .attention_kernel import _request_of
+from .attention_kernel import request_of
 from .attention_plan import HopperTile
 from .launch import capability
 
@@ -42,13 +43,62 @@ _REGISTERS = {2: (168, 24, 240), 3: (128, 32, 160)}
 
 
 @gluon.jit
-def _load_tiles(keys, values, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE: gl.constexpr):
+def _laps(work):
+    """How many tiles of rows a program takes at most, one each lap."""
+    return gl.cdiv(work[3] * work[0], gl.num_programs(0))
+
+
+@gluon.jit
+def _place(lap, work, WAY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """A program's next tile of rows and the keys it sees; not ``taken`` where it is none.
+
+    The tiles that see the most keys come first, and every other lap is dealt backwards, so that all get as much.
+    """
+    kv_heads, query_start_ptr, seq_lens_ptr, tiles, requests, short_rows, max_seq_len, window, decodes = work
+    G: gl.constexpr = WAY[0]
+    SPLIT: gl.constexpr = WAY[1]
+    WINDOW: gl.constexpr = WAY[3]
+    programs, program = gl.num_programs(0), gl.program_id(0)
+    item = lap * programs + gl.where(lap % 2 == 0, program, programs - 1 - program)
+    kv_head, number = item % kv_heads, item // kv_heads
+    request, tile = request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M, decodes)
+    query_start = gl.load(query_start_ptr + request)
+    query_len = gl.load(query_start_ptr + request + 1) - query_start
+    seq_len = gl.load(seq_lens_ptr + request)
+    rows = query_len * G
+    tile_row = tile * BLOCK_M
+    taken = (number < tiles) & (rows > short_rows) & (tile_row < rows)
+    held = gl.minimum(seq_len, max_seq_len)
+    context = held - query_len
+    first_position = context + tile_row // G
+    last_position = context + (gl.minimum(tile_row + BLOCK_M, rows) - 1) // G
+    first, _, _ = split_range(first_position, last_position, window, SPLIT, WINDOW)
+    start = first // BLOCK_N * BLOCK_N
+    # Every consumer takes at least one tile, though a request longer than was promised may leave it none to see.
+    stop = gl.maximum(last_position, start) + 1
+    place = (tile_row, rows, query_start, context, held, kv_head, start, stop, seq_len > max_seq_len)
+    return taken, request, place
+
+
+@gluon.jit
+def _load(keys, values, k_desc, v_desc, table_ptr, table_stride, k_strides, v_strides, work, WAY: gl.constexpr):
     BLOCK_N: gl.constexpr = keys[0].shape[1]
-    for n in range(start, stop, BLOCK_N):
-        number = (n - start) // BLOCK_N
-        block = gl.load(table_ptr + n // BLOCK_SIZE)
-        _load_tile(keys, number, k_desc, k_at, block, n % BLOCK_SIZE)
-        _load_tile(values, number, v_desc, v_at, block, n % BLOCK_SIZE)
+    BLOCK_M: gl.constexpr = WAY[6]
+    BLOCK_SIZE: gl.constexpr = WAY[7]
+    before = 0
+    for lap in range(0, _laps(work)):
+        taken, request, place = _place(lap, work, WAY, BLOCK_M, BLOCK_N)
+        _, _, _, _, _, kv_head, start, stop, _ = place
+        if taken:
+            table = table_ptr + request.to(gl.int64) * table_stride
+            k_at = (k_strides[0], kv_head * k_strides[1], kv_head * k_strides[2])
+            v_at = (v_strides[0], kv_head * v_strides[1], kv_head * v_strides[2])
+            for n in range(start, stop, BLOCK_N):
+                number = before + (n - start) // BLOCK_N
+                block = gl.load(table + n // BLOCK_SIZE)
+                _load_tile(keys, number, k_desc, k_at, block, n % BLOCK_SIZE)
+                _load_tile(values, number, v_desc, v_at, block, n % BLOCK_SIZE)
+            before += gl.cdiv(stop - start, BLOCK_N)
 
 
 @gluon.jit
@@ -66,11 +116,11 @@ def _load_tile(ring, number, descriptor, at, block, slot):
 
 
 @gluon.jit
-def _landed(ring, number):
-    """A tile, by its number, when it has landed."""
+def _landed(ring, number, awaited=True):
+    """A tile, by its number, when it has landed; at once where it is not awaited."""
     tiles, full, _ = ring
     STAGES: gl.constexpr = tiles.shape[0]
-    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2)
+    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2, pred=awaited)
     return tiles.index(number % STAGES)
 
 
@@ -81,12 +131,27 @@ def _release(ring, number):
 
 
 @gluon.jit
+def _await_turn(turns, number, CONSUMER: gl.constexpr):
+    """Consumers take the products of keys of a tile one after the other, the first of them beginning.
+
+    The phase before the first one counts as complete.
+    """
+    mbarrier.wait(turns.index(CONSUMER), (number + (CONSUMER == 0)) % 2)
+
+
+@gluon.jit
+def _pass_turn(turns, CONSUMER: gl.constexpr):
+    mbarrier.arrive(turns.index((CONSUMER + 1) % turns.shape[0]), count=1)
+
+
+@gluon.jit
 def _products_of_keys(q, keys, number):
-    """The scores of one tile, still under way."""
+    """The scores of one tile, which has landed, still under way."""
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     nothing = gl.zeros([WARPGROUP_ROWS, BLOCK_N], gl.float32, layout)
-    return warpgroup_mma(q, _landed(keys, number).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    tile = keys[0].index(number % keys[0].shape[0])
+    return warpgroup_mma(q, tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -143,64 +208,79 @@ def _column(x, like):
 
 @gluon.jit
 def _fold(folded, m, total, acc):
-    """Merge a split's state, the later one, into the folded state."""
+    """Merge a split's state, the later one, into the folded state; ``acc`` of that lies in shared memory."""
     m_fold, total_fold, acc_fold = folded
     m_both = gl.maximum(m_fold, m)
     shift = finite(m_both)
     a, b = gl.exp2(m_fold - shift), gl.exp2(m - shift)
-    total = gl.fma(total_fold, _column(a, total), total * _column(b, total))
-    return m_both, total, gl.fma(acc_fold, _column(a, acc), acc * _column(b, acc))
+    before = acc_fold.load(acc.type.layout)
+    merged = gl.fma(before, _column(a, acc), acc * _column(b, acc))
+    return m_both, gl.fma(total_fold, _column(a, total), total * _column(b, total)), merged
+
+
+@gluon.jit
+def _scale(state, folded, n, SPLIT: gl.constexpr):
+    """The sums before tile ``n``, ready to take it: scaled by ``a``, or folded and dropped where a split begins."""
+    m_before, total, acc, a = state
+    m_fold, total_fold, acc_fold = folded
+    if n % SPLIT == 0:
+        m_fold, total_fold, merged = _fold((m_fold, total_fold, acc_fold), m_before, total, acc)
+        acc_fold.store(merged)
+    return total * _column(a, total), acc * _column(a, acc), (m_fold, total_fold)
 
 
 @gluon.jit
 def _tile(
-    state, folded, n, start, q, ones, q_position, keys, values, parameters,
-    SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr, LAST: gl.constexpr, IN_REGISTERS: gl.constexpr,
+    state, folded, n, origin, q, ones, q_position, keys, values, turns, parameters,
+    CONSUMER: gl.constexpr, SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr, EARLY: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
-    """The state after one more key tile, whose scores ``s`` are there already.
+    """The products of keys and the softmax of tile ``n``, the products of values of the tile before it.
 
-    The next tile's scores are set going before anything else is done for this one's values, so that the matrix unit is
-    busy while sums are scaled and folded; this one's values are left under way, to run under the next one's softmax.
+    The first are set going before the sums are scaled and folded, the last before the softmax, so that all of these run
+    under products. Nothing is left under way at the end: over a loop's edge the compiler would serialize it.
     """
-    m, total, acc, s = state
-    m_fold, total_fold, acc_fold = folded
-    factor, window, held = parameters
-    number = (n - start) // keys[0].shape[1]
+    m, m_before, total, acc, a, weights = state
+    factor, window, stop = parameters
+    BLOCK_N: gl.constexpr = keys[0].shape[1]
+    number = (n - origin) // BLOCK_N
+    if TURNS:
+        _await_turn(turns, number, CONSUMER)
+    if EARLY:
+        s = _products_of_keys(q, keys, number)
+    total, acc, totals = _scale((m_before, total, acc, a), folded, n - BLOCK_N, SPLIT)
+    if not EARLY:
+        s = _products_of_keys(q, keys, number)
+    total, acc = _products_of_values(weights, ones, total, acc, values, number - 1)
+    s, total, acc = warpgroup_mma_wait(num_outstanding=2, deps=(s, total, acc))
     _release(keys, number)
-    begins = n % SPLIT == 0
-    m_before = gl.where(begins, float("-inf"), m)
-    m_next, weights, a = _softmax(s, m_before, n, q_position, factor, window, q.dtype, WINDOW, MASKED)
-    if LAST:
-        total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
-    else:
-        s_next = _products_of_keys(q, keys, number + 1)
-        total, acc = warpgroup_mma_wait(num_outstanding=1, deps=(total, acc))
-    if number > 0:
-        _release(values, number - 1)
-    if begins:
-        # The split before ends here; what is left of it is then scaled by exp2(-inf).
-        if IN_REGISTERS:
-            m_fold, total_fold, acc_fold = _fold((m_fold, total_fold, acc_fold), m, total, acc)
-        else:
-            before = acc_fold.load(acc.type.layout)
-            m_fold, total_fold, merged = _fold((m_fold, total_fold, before), m, total, acc)
-            acc_fold.store(merged)
-    total *= _column(a, total)
-    acc *= _column(a, acc)
-    if LAST:
-        _clear(values, number, n, held)
-    total, acc = _products_of_values(weights, ones, total, acc, values, number)
-    if LAST:
-        total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
-        _release(values, number)
-    else:
-        s, total, acc = warpgroup_mma_wait(num_outstanding=2, deps=(s_next, total, acc))
-    return (m_next, total, acc, s), (m_fold, total_fold, acc_fold)
+    if TURNS:
+        _pass_turn(turns, CONSUMER)
+    m_split = gl.where(n % SPLIT == 0, float("-inf"), m)
+    m_next, weights, a = _softmax(s, m_split, n, q_position, factor, window, q.dtype, WINDOW, MASKED)
+    # The loop that this waits in keeps the compiler from waiting for the products before the weights are taken.
+    _landed(keys, number + 1, n + BLOCK_N < stop)
+    total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
+    _release(values, number - 1)
+    return (m_next, m, total, acc, a, weights), totals
 
 
 @gluon.jit
-def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
-    keys, values, ones, fold_ring, pointers, strides, place, factor, window = data
+def _attend(data, work, CONSUMER: gl.constexpr, WAY: gl.constexpr):
+    BLOCK_N: gl.constexpr = data[0][0].shape[1]
+    BLOCK_M: gl.constexpr = WAY[6]
+    before = 0
+    for lap in range(0, _laps(work)):
+        taken, _, place = _place(lap, work, WAY, BLOCK_M, BLOCK_N)
+        if taken:
+            _attend_tile(data, place, before, work[7], CONSUMER, WAY)
+            before += gl.cdiv(place[7] - place[6], BLOCK_N)
+
+
+@gluon.jit
+def _attend_tile(data, place, before, window, CONSUMER: gl.constexpr, WAY: gl.constexpr):
+    """One tile of rows, whose first tile of keys has the number ``before``."""
+    keys, values, ones, fold_ring, turns, pointers, strides, factor = data
     q_ptr, sinks_ptr, out_ptr = pointers
     q_stride_token, q_stride_head, out_stride_token, out_stride_head = strides
     tile_row, rows, query_start, context, held, kv_head, start, tile_stop, too_long = place
@@ -208,7 +288,8 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
     SPLIT: gl.constexpr = WAY[1]
     SINKS: gl.constexpr = WAY[2]
     WINDOW: gl.constexpr = WAY[3]
-    IN_REGISTERS: gl.constexpr = WAY[4]
+    EARLY: gl.constexpr = WAY[4]
+    TURNS: gl.constexpr = WAY[5]
     ROWS: gl.constexpr = WARPGROUP_ROWS
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     D: gl.constexpr = keys[0].shape[2]
@@ -239,42 +320,52 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     total = gl.zeros([ROWS, _SUM_COLUMNS], gl.float32, total_layout)
     acc = gl.zeros([ROWS, D], gl.float32, acc_layout)
-    if IN_REGISTERS:
-        folded = (m, total, acc)
-    else:
-        acc_fold = fold_ring.index(CONSUMER)
-        acc_fold.store(acc)
-        folded = (m, total, acc_fold)
-    s = _products_of_keys(q, keys, 0)
+    acc_fold = fold_ring.index(CONSUMER)
+    acc_fold.store(acc)
+    # Where tiles would lie from number 0 on.
+    origin = start - before * BLOCK_N
+    _landed(keys, before)
+    if TURNS:
+        _await_turn(turns, before, CONSUMER)
+    s = _products_of_keys(q, keys, before)
     s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
-    state = (m, total, acc, s)
-    last = start + (stop - 1 - start) // BLOCK_N * BLOCK_N
+    _release(keys, before)
+    if TURNS:
+        _pass_turn(turns, CONSUMER)
+    m_next, weights, a = _softmax(s, m, start, q_position, factor, window, q.dtype, WINDOW, True)
+    _landed(keys, before + 1, start + BLOCK_N < stop)
+    state, totals, begin = (m_next, m, total, acc, a, weights), (m, total), start + BLOCK_N
     for part in gl.static_range(0 if WINDOW else 1, 3):
         # Masked tiles at the lower end, full ones, masked ones at the upper end.
         if part == 0:
-            begin_part, end_part = start, gl.minimum(full_start, last)
+            begin_part, end_part = begin, gl.minimum(full_start, stop)
         elif part == 1:
-            begin_part, end_part = full_start, gl.minimum(full_stop, last)
+            begin_part, end_part = gl.maximum(full_start, begin), full_stop
         else:
-            begin_part, end_part = gl.maximum(full_start, full_stop), last
+            begin_part, end_part = gl.maximum(gl.maximum(full_start, full_stop), begin), stop
         for n in range(begin_part, end_part, BLOCK_N):
-            state, folded = _tile(
-                state, folded, n, start, q, ones, q_position, keys, values, (factor, window, held),
-                SPLIT, WINDOW, part != 1, False, IN_REGISTERS,
+            state, totals = _tile(
+                state, (totals[0], totals[1], acc_fold), n, origin, q, ones, q_position, keys, values, turns,
+                (factor, window, stop), CONSUMER, SPLIT, WINDOW, part != 1, EARLY, TURNS,
             )  # fmt: skip
-    state, folded = _tile(
-        state, folded, last, start, q, ones, q_position, keys, values, (factor, window, held),
-        SPLIT, WINDOW, True, True, IN_REGISTERS,
-    )  # fmt: skip
-    m, total, acc, _ = state
-    m_fold, total_fold, acc_fold = folded
-    if not IN_REGISTERS:
-        acc_fold = acc_fold.load(acc_layout)
-    m, total, acc = _fold((m_fold, total_fold, acc_fold), m, total, acc)
+    m, m_before, total, acc, a, weights = state
+    last = (stop - 1 - origin) // BLOCK_N
+    n = origin + last * BLOCK_N
+    total, acc, totals = _scale((m_before, total, acc, a), (totals[0], totals[1], acc_fold), n, SPLIT)
+    _clear(values, last, n, held)
+    total, acc = _products_of_values(weights, ones, total, acc, values, last)
+    total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
+    _release(values, last)
+    m, total, acc = _fold((totals[0], totals[1], acc_fold), m, total, acc)
 
     # Tiles that only consumers of later rows see.
-    for number in range(gl.cdiv(stop - start, BLOCK_N), gl.cdiv(tile_stop - start, BLOCK_N)):
+    for number in range(last + 1, gl.cdiv(tile_stop - origin, BLOCK_N)):
         _skip(keys, number)
+        if TURNS:
+            _await_turn(turns, number, CONSUMER)
+            # As in _skip.
+            gl.thread_barrier()
+            _pass_turn(turns, CONSUMER)
         _skip(values, number)
 
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
@@ -309,46 +400,31 @@ def _finish(m, total, acc, sinks_ptr, head, SINKS: gl.constexpr):
     return gl.where((total == 0.0)[:, None], 0.0, (acc + 0.0) / total[:, None])
 
 
-@gluon.jit(do_not_specialize=["requests", "tiles", "short_rows", "max_seq_len", "window", "table_stride"])
+@gluon.jit(
+    do_not_specialize=[
+        "requests", "decodes", "tiles", "short_rows", "max_seq_len", "table_stride", "window", "kv_heads"
+    ]
+)  # fmt: skip
 def attention_hopper_kernel(
     q_ptr, k_desc, v_desc, table_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, out_ptr,
-    requests, tiles, short_rows, max_seq_len, factor, window,
+    requests, decodes, tiles, kv_heads, short_rows, max_seq_len, factor, window,
     q_stride_token, q_stride_head, out_stride_token, out_stride_head, table_stride,
     k_rows_block, k_rows_head, k_columns_head, v_rows_block, v_rows_head, v_columns_head,
-    KV_HEADS: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, FOLD_IN_REGISTERS: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
+    G: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr, TURNS: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
     LOAD_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """One tile of a request's rows, as the long road of ``attention_kernel`` has it, dealt to ``CONSUMERS``."""
+    """Tiles of requests' rows, as the long road of ``attention_kernel`` has them, each dealt to ``CONSUMERS``."""
     if PDL:
         gdc_wait()
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
     D: gl.constexpr = k_desc.block_type.shape[1]
-    kv_head, number = gl.program_id(0) % KV_HEADS, gl.program_id(0) // KV_HEADS
-    request, tile = _request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M)
-    query_start = gl.load(query_start_ptr + request)
-    query_len = gl.load(query_start_ptr + request + 1) - query_start
-    seq_len = gl.load(seq_lens_ptr + request)
-    rows = query_len * G
-    tile_row = tile * BLOCK_M
-    if rows <= short_rows or tile_row >= rows:
-        return
-    held = gl.minimum(seq_len, max_seq_len)
-    context = held - query_len
-    first_position = context + tile_row // G
-    last_position = context + (gl.minimum(tile_row + BLOCK_M, rows) - 1) // G
-    first, _, _ = split_range(first_position, last_position, window, SPLIT, WINDOW)
-    start = first // BLOCK_N * BLOCK_N
-    # Every consumer takes at least one tile, though a request longer than was promised may leave it none to see.
-    stop = gl.maximum(last_position, start) + 1
-
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
     # A layout in which the 8 rows of a warp's store lie in different banks.
     fold_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
-    FOLD_COLUMNS: gl.constexpr = 1 if FOLD_IN_REGISTERS else D
-    fold_ring = gl.allocate_shared_memory(gl.float32, [CONSUMERS, WARPGROUP_ROWS, FOLD_COLUMNS], fold_layout)
+    fold_ring = gl.allocate_shared_memory(gl.float32, [CONSUMERS, WARPGROUP_ROWS, D], fold_layout)
     ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_SUM_COLUMNS, BLOCK_N], k_desc.dtype)
     ones = gl.allocate_shared_memory(k_desc.dtype, [_SUM_COLUMNS, BLOCK_N], ones_layout)
     ones.store(gl.full([_SUM_COLUMNS, BLOCK_N], 1.0, k_desc.dtype, gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])))
@@ -361,29 +437,36 @@ def attention_hopper_kernel(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for consumer in gl.static_range(CONSUMERS):
+        mbarrier.init(turns.index(consumer), count=1)
     fence_async_shared()
     gl.thread_barrier()
 
     # Without the annotation Gluon would turn the numbers into run-time values.
-    WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW, FOLD_IN_REGISTERS)
+    WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW, EARLY, TURNS, BLOCK_M, BLOCK_SIZE)
     keys, values = (k_ring, k_full, k_empty), (v_ring, v_full, v_empty)
     pointers = (q_ptr, sinks_ptr, out_ptr)
     strides = (q_stride_token, q_stride_head, out_stride_token, out_stride_head)
-    place = (tile_row, rows, query_start, context, held, kv_head, start, stop, seq_len > max_seq_len)
-    data = (keys, values, ones.permute((1, 0)), fold_ring, pointers, strides, place, factor, window)
-    table_ptr += request.to(gl.int64) * table_stride
-    k_at = (k_rows_block, kv_head * k_rows_head, kv_head * k_columns_head)
-    v_at = (v_rows_block, kv_head * v_rows_head, kv_head * v_columns_head)
-    loading = (keys, values, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE)
+    work = (kv_heads, query_start_ptr, seq_lens_ptr, tiles, requests, short_rows, max_seq_len, window, decodes)
+    data = (keys, values, ones.permute((1, 0)), fold_ring, turns, pointers, strides, factor)
+    k_strides = (k_rows_block, k_rows_head, k_columns_head)
+    v_strides = (v_rows_block, v_rows_head, v_columns_head)
+    loading = (keys, values, k_desc, v_desc, table_ptr, table_stride, k_strides, v_strides, work, WAY)
     if CONSUMERS == 2:
         gl.warp_specialize(
-            [(_attend, (data, 0, WAY)), (_attend, (data, 1, WAY)), (_load_tiles, loading)],
+            [(_attend, (data, work, 0, WAY)), (_attend, (data, work, 1, WAY)), (_load, loading)],
             [4, 1],
             [REGISTERS, LOAD_REGISTERS],
         )
     else:
         gl.warp_specialize(
-            [(_attend, (data, 0, WAY)), (_attend, (data, 1, WAY)), (_attend, (data, 2, WAY)), (_load_tiles, loading)],
+            [
+                (_attend, (data, work, 0, WAY)),
+                (_attend, (data, work, 1, WAY)),
+                (_attend, (data, work, 2, WAY)),
+                (_load, loading),
+            ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, LOAD_REGISTERS],
         )
@@ -404,6 +487,7 @@ def attention_hopper(
     out: torch.Tensor,
     *,
     tile: HopperTile,
+    decodes: int,
     short_rows: int,
     max_seq_len: int,
     factor: float,
@@ -417,7 +501,8 @@ def attention_hopper(
     """Attention of the requests of more than ``short_rows`` rows, as ``attention`` defines it, on sm_90.
 
     Args:
-        q, block_table, query_start_loc, seq_lens, window, sinks, out: as ``attention`` has them; D is 64 or 128.
+        q, block_table, query_start_loc, seq_lens, decodes, window, sinks, out: as ``attention`` has them; D is 64 or
+            128.
         k, v: half a cache each: its descriptor of ``[key tile, D]`` and, as it counts, the rows of a block, the rows of
             a head and the columns of a head.
         tile: decides speed alone.
@@ -426,16 +511,19 @@ def attention_hopper(
         split: positions of a split.
     """
     group = q.shape[1] // kv_heads
-    tiles = len(q) * group // (tile.warpgroups * WARPGROUP_ROWS.value) + len(seq_lens)
+    tiles = (len(q) - decodes) * group // (tile.warpgroups * WARPGROUP_ROWS.value) + len(seq_lens) - decodes
     at_launch, loading, consuming = _REGISTERS[tile.warpgroups]
     layout = gl.NVMMASharedLayout.get_default_for(k[0].block_shape, _ELEMENT[q.dtype])
     k_desc, v_desc = (TensorDescriptor(x[0].base, x[0].shape, x[0].strides, x[0].block_shape, layout) for x in (k, v))
-    attention_hopper_kernel[(tiles * kv_heads,)](
+    programs = tiles * kv_heads
+    if tile.persistent:
+        programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    attention_hopper_kernel[(programs,)](
         q, k_desc, v_desc, block_table, query_start_loc, seq_lens, sinks, out,
-        len(seq_lens), tiles, short_rows, max_seq_len, factor, window or 0,
+        len(seq_lens), decodes, tiles, kv_heads, short_rows, max_seq_len, factor, window or 0,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_table.stride(0), *k[1:], *v[1:],
-        KV_HEADS=kv_heads, G=group, BLOCK_SIZE=block_size, SPLIT=split, CONSUMERS=tile.warpgroups,
-        STAGES=tile.stages, FOLD_IN_REGISTERS=tile.fold_in_registers, SINKS=sinks is not None, WINDOW=window is not None,
+        G=group, BLOCK_SIZE=block_size, SPLIT=split, CONSUMERS=tile.warpgroups,
+        STAGES=tile.stages, EARLY=tile.early, TURNS=tile.turns, SINKS=sinks is not None, WINDOW=window is not None,
         LOAD_REGISTERS=loading, REGISTERS=consuming, PDL=pdl,
         num_warps=_WARPS, maxnreg=at_launch, launch_pdl=pdl, enable_fp_fusion=False,
     )  # fmt: skip

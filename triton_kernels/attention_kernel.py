@@ -157,7 +157,7 @@ def splits_of_a_part(count, parts, least):
 
 
 @triton.jit
-def _request_of(tile, query_start_ptr, requests, G: tl.constexpr, BLOCK_M: tl.constexpr, decodes=0):
+def request_of(tile, query_start_ptr, requests, G: tl.constexpr, BLOCK_M: tl.constexpr, decodes=0):
     """The request that a tile belongs to, and the tile's number in it.
 
     Request r has the tiles from ``query_start[r] * G // BLOCK_M + r`` on: as many as it needs, and at most one more.
@@ -202,12 +202,13 @@ def attention_kernel(
     HEADS: tl.constexpr = KV_HEADS * G
     kv_head, number = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     if SHORT:
-        part = number % parts
-        tile = number // parts % tiles
-        request = number // parts // tiles
+        # First parts first: programs that find no work must not stand between those that do.
+        tile = number % tiles
+        request = number // tiles % requests
+        part = number // tiles // requests
     else:
         part = 0
-        request, tile = _request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M, decodes)
+        request, tile = request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M, decodes)
     query_start = tl.load(query_start_ptr + request)
     query_len = tl.load(query_start_ptr + request + 1) - query_start
     seq_len = tl.load(seq_lens_ptr + request)
@@ -268,46 +269,53 @@ def attention_kernel(
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["parts", "least", "slots", "short_rows", "block_m", "max_seq_len", "window"])
+@triton.jit(do_not_specialize=[*_OF_THE_BATCH, "block_m", "rows_each", "window"])
 def fold_kernel(
     partial_ptr, partial_m_ptr, partial_total_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, out_ptr,
-    parts, least, slots, short_rows, block_m, max_seq_len, window, out_stride_token, out_stride_head,
-    KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
-    SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    parts, least, slots, short_rows, block_m, rows_each, max_seq_len, window, out_stride_token, out_stride_head,
+    KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the states of one row's splits in ascending order, reading ``AT_ONCE`` of them at a time."""
+    """Merge the states of splits in ascending order: ``rows_each`` rows one by one, COLUMNS columns of D.
+
+    ``AT_ONCE`` states are read at a time.
+    """
     begin(PDL)
-    row, kv_head = tl.program_id(0) % short_rows, tl.program_id(0) // short_rows % KV_HEADS
-    request = tl.program_id(0) // short_rows // KV_HEADS
+    PARTS_OF_D: tl.constexpr = DP // COLUMNS
+    d = tl.program_id(0) % PARTS_OF_D * COLUMNS + tl.arange(0, COLUMNS)
+    number = tl.program_id(0) // PARTS_OF_D
+    kv_head, number = number % KV_HEADS, number // KV_HEADS
+    programs = tl.cdiv(short_rows, rows_each)
+    request, first_row = number // programs, number % programs * rows_each
     query_start = tl.load(query_start_ptr + request)
     query_len = tl.load(query_start_ptr + request + 1) - query_start
     seq_len = tl.load(seq_lens_ptr + request)
     rows = query_len * G
-    if rows > short_rows or row >= rows:
+    if rows > short_rows:
         return
     context = tl.minimum(seq_len, max_seq_len) - query_len
-    # The splits that the row's tile wrote.
-    tile_row = row // block_m * block_m
-    first_position = context + tile_row // G
-    last_position = context + (tl.minimum(tile_row + block_m, rows) - 1) // G
-    _, first_split, last_split = split_range(first_position, last_position, window, SPLIT, WINDOW)
-    count = last_split - first_split
-    if splits_of_a_part(count, parts, least) == count:  # folded by the program that took them
-        return
-    one, d = tl.arange(0, 1), tl.arange(0, DP)
-    m, total, acc = empty(1, 1, DP)
-    offset = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows + row + one
-    for slot in range(0, count, AT_ONCE):
-        for number in tl.static_range(AT_ONCE):
-            present = slot + number + one < count
-            at = offset + (slot + number) * short_rows
-            m_next = tl.load(partial_m_ptr + at, mask=present, other=float("-inf"))
-            total_next = tl.load(partial_total_ptr + at, mask=present, other=0.0)[:, None]
-            mask = present[:, None] & (d < D)[None, :]
-            acc_next = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
-            m, total, acc = merge(m, total, acc, m_next, total_next, acc_next)
-    head = kv_head * G + row % G + one
-    out = finish(m, total, acc, sinks_ptr, head, KV_HEADS * G, SINKS)
-    out = tl.where(seq_len > max_seq_len, float("nan"), out)
-    out_row = (query_start + row // G).to(tl.int64) * out_stride_token + head * out_stride_head
-    tl.store(out_ptr + out_row[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
+    one = tl.arange(0, 1)
+    for row in range(first_row, tl.minimum(first_row + rows_each, rows)):
+        # The splits that the row's tile wrote.
+        tile_row = row // block_m * block_m
+        first_position = context + tile_row // G
+        last_position = context + (tl.minimum(tile_row + block_m, rows) - 1) // G
+        _, first_split, last_split = split_range(first_position, last_position, window, SPLIT, WINDOW)
+        count = last_split - first_split
+        if splits_of_a_part(count, parts, least) < count:  # else they were folded by the program that took them
+            m, total, acc = empty(1, 1, COLUMNS)
+            offset = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows + row + one
+            for slot in range(0, count, AT_ONCE):
+                for number in tl.static_range(AT_ONCE):
+                    present = slot + number + one < count
+                    at = offset + (slot + number) * short_rows
+                    m_next = tl.load(partial_m_ptr + at, mask=present, other=float("-inf"))
+                    total_next = tl.load(partial_total_ptr + at, mask=present, other=0.0)[:, None]
+                    mask = present[:, None] & (d < D)[None, :]
+                    acc_next = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+                    m, total, acc = merge(m, total, acc, m_next, total_next, acc_next)
+            head = kv_head * G + row % G + one
+            out = finish(m, total, acc, sinks_ptr, head, KV_HEADS * G, SINKS)
+            out = tl.where(seq_len > max_seq_len, float("nan"), out)
+            out_row = (query_start + row // G).to(tl.int64) * out_stride_token + head * out_stride_head
+            tl.store(out_ptr + out_row[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])

@@ -52,12 +52,20 @@ class AttentionTile:
 class HopperTile:
     """What one program of ``attention_hopper`` takes: 64 rows on each of 2 or 3 ``warpgroups``, ``stages`` key tiles.
 
-    ``overlap``: a warpgroup multiplies one tile's values while it takes the next one's softmax.
+    ``early``: a tile's products of keys are set going before what they do not need, the scaling of the sums so far.
+    ``turns``: warpgroups begin a tile one after the other, not as it comes. ``persistent``: a program for each
+    multiprocessor, which takes tiles of rows one after the other, not a program for each tile of rows.
     """
 
     warpgroups: int
     stages: int
-    overlap: bool = True
+    early: bool = True
+    turns: bool = False
+    persistent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.warpgroups not in (2, 3) or self.stages < 2:
+            raise ValueError(f"{self} is none of 2 or 3 warpgroups and at least 2 stages")
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,11 @@ class AttentionPlan:
     least: int = 1
     descriptors: bool = True
     hopper: HopperTile | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether one program folds all splits of most tiles."""
+        return self.least > 1
 
     def __post_init__(self) -> None:
         if (
@@ -112,16 +125,19 @@ def attention_plan(
     short_rows = rows if only_short else max(16, group)
     block_m = min(64, max(16, triton.next_power_of_2(short_rows)))
     tiles = requests * kv_heads * triton.cdiv(short_rows, block_m)
-    busy = tiles > BUSY_TILES or head_dim > 128
     if block_m == 16:
-        short = AttentionTile(16, warps=2, stages=3) if busy else AttentionTile(16, warps=4, stages=5)
+        short = (
+            AttentionTile(16, warps=2, stages=3)
+            if tiles > BUSY_TILES or head_dim > 128
+            else AttentionTile(16, warps=4, stages=5)
+        )
     else:
         short = AttentionTile(block_m, warps=4, stages=3)
     # A long request among many must not wait for one program alone.
     parts = min(max_splits, max(2, triton.cdiv(_PROGRAMS, tiles)), 65535)
     if workspace_bytes(requests, kv_heads, max_splits, short_rows, head_dim) > WORKSPACE_BYTES:
         parts = 1
-    least = triton.cdiv(tiles, 32)
+    least = triton.cdiv(tiles, 32) if tiles > BUSY_TILES else 1
     if only_short:
         return AttentionPlan(short, short_rows, parts, None, least)
     return AttentionPlan(short, short_rows, parts, _long_tile(head_dim), least, hopper=_HOPPER.get(head_dim))

@@ -42,6 +42,8 @@ def start(engines_in_this_process: None) -> Iterator[Callable[..., Any]]:
         "max_num_seqs": 64,
         "max_num_batched_tokens": 512,
         "kv_cache_memory_bytes": 1 << 30,
+        # What must be free at the start, beside the engines of other tests that run at once.
+        "gpu_memory_utilization": 0.2,
     }
     with starting(**settings) as start:
 

@@ -200,11 +200,12 @@ def test_fault_of_splits_that_follow_the_batch_is_seen() -> None:
 
 
 def test_fault_of_merging_in_reverse_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens, expected = prefilled(MAIN, LENGTHS[1], True)
+    tokens, expected = prefilled(MAIN, LENGTHS[1], False)
     real = flex_module.fold_splits
     monkeypatch.setattr(flex_module, "fold_splits", lambda state, out, lse: real(state, out.flip(1), lse.flip(1)))
+    # The result's rounding hides the order in nearly every element: it takes many.
     with pytest.raises(AssertionError, match="elements differ"):
-        assert_rows(MAIN, [Piece(tokens, LENGTHS[1] - 9, LENGTHS[1])], expected, "in reverse")
+        assert_rows(MAIN, [whole(tokens)], expected, "in reverse")
 
 
 class FullApart:
