@@ -160,7 +160,7 @@ def attention(
             fold_kernel[(programs,)](
                 *partial, query_start_loc, seq_lens, sinks, out, plan.parts, plan.least, slots, plan.short_rows,
                 plan.short.block_m, rows_each, max_seq_len, window or 0, out.stride(0), out.stride(1),
-                COLUMNS=columns, AT_ONCE=8 if slots <= 8 or plan.busy else 64, num_warps=1, **common,
+                COLUMNS=columns, AT_ONCE=8 if slots <= 8 or plan.busy else 32, num_warps=1, **common,
             )  # fmt: skip
     k, v = (_descriptor(x, fold.key_tile) if plan.long and plan.hopper else None for x in (k_cache, v_cache))
     if k and v and not modified and mask_mod is None and takes(q, fold.key_tile):

@@ -2,8 +2,7 @@
 
 A ring of ``stages`` tiles of keys and one of values lie between the loading warp and the consumers, each guarded by two
 mbarriers a stage: ``full`` (the tile has landed) and ``empty`` (every consumer has read it). The consumers share the
-tiles and are else independent, or take turns to begin one, so that one's products run under another's softmax. Tiles
-of keys are numbered on from one tile of rows to the next, so that loading runs ahead across them.
+tiles and are else independent, so that one's products run under another's softmax.
 
 Invariant: the bytes are those of ``attention_kernel``, whose steps ``_softmax``, ``_fold`` and ``_finish`` repeat.
 """
@@ -43,62 +42,13 @@ _REGISTERS = {2: (168, 24, 240), 3: (128, 32, 160)}
 
 
 @gluon.jit
-def _laps(work):
-    """How many tiles of rows a program takes at most, one each lap."""
-    return gl.cdiv(work[3] * work[0], gl.num_programs(0))
-
-
-@gluon.jit
-def _place(lap, work, WAY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """A program's next tile of rows and the keys it sees; not ``taken`` where it is none.
-
-    The tiles that see the most keys come first, and every other lap is dealt backwards, so that all get as much.
-    """
-    kv_heads, query_start_ptr, seq_lens_ptr, tiles, requests, short_rows, max_seq_len, window, decodes = work
-    G: gl.constexpr = WAY[0]
-    SPLIT: gl.constexpr = WAY[1]
-    WINDOW: gl.constexpr = WAY[3]
-    programs, program = gl.num_programs(0), gl.program_id(0)
-    item = lap * programs + gl.where(lap % 2 == 0, program, programs - 1 - program)
-    kv_head, number = item % kv_heads, item // kv_heads
-    request, tile = request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M, decodes)
-    query_start = gl.load(query_start_ptr + request)
-    query_len = gl.load(query_start_ptr + request + 1) - query_start
-    seq_len = gl.load(seq_lens_ptr + request)
-    rows = query_len * G
-    tile_row = tile * BLOCK_M
-    taken = (number < tiles) & (rows > short_rows) & (tile_row < rows)
-    held = gl.minimum(seq_len, max_seq_len)
-    context = held - query_len
-    first_position = context + tile_row // G
-    last_position = context + (gl.minimum(tile_row + BLOCK_M, rows) - 1) // G
-    first, _, _ = split_range(first_position, last_position, window, SPLIT, WINDOW)
-    start = first // BLOCK_N * BLOCK_N
-    # Every consumer takes at least one tile, though a request longer than was promised may leave it none to see.
-    stop = gl.maximum(last_position, start) + 1
-    place = (tile_row, rows, query_start, context, held, kv_head, start, stop, seq_len > max_seq_len)
-    return taken, request, place
-
-
-@gluon.jit
-def _load(keys, values, k_desc, v_desc, table_ptr, table_stride, k_strides, v_strides, work, WAY: gl.constexpr):
+def _load_tiles(keys, values, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE: gl.constexpr):
     BLOCK_N: gl.constexpr = keys[0].shape[1]
-    BLOCK_M: gl.constexpr = WAY[6]
-    BLOCK_SIZE: gl.constexpr = WAY[7]
-    before = 0
-    for lap in range(0, _laps(work)):
-        taken, request, place = _place(lap, work, WAY, BLOCK_M, BLOCK_N)
-        _, _, _, _, _, kv_head, start, stop, _ = place
-        if taken:
-            table = table_ptr + request.to(gl.int64) * table_stride
-            k_at = (k_strides[0], kv_head * k_strides[1], kv_head * k_strides[2])
-            v_at = (v_strides[0], kv_head * v_strides[1], kv_head * v_strides[2])
-            for n in range(start, stop, BLOCK_N):
-                number = before + (n - start) // BLOCK_N
-                block = gl.load(table + n // BLOCK_SIZE)
-                _load_tile(keys, number, k_desc, k_at, block, n % BLOCK_SIZE)
-                _load_tile(values, number, v_desc, v_at, block, n % BLOCK_SIZE)
-            before += gl.cdiv(stop - start, BLOCK_N)
+    for n in range(start, stop, BLOCK_N):
+        number = (n - start) // BLOCK_N
+        block = gl.load(table_ptr + n // BLOCK_SIZE)
+        _load_tile(keys, number, k_desc, k_at, block, n % BLOCK_SIZE)
+        _load_tile(values, number, v_desc, v_at, block, n % BLOCK_SIZE)
 
 
 @gluon.jit
@@ -116,11 +66,11 @@ def _load_tile(ring, number, descriptor, at, block, slot):
 
 
 @gluon.jit
-def _landed(ring, number, awaited=True):
-    """A tile, by its number, when it has landed; at once where it is not awaited."""
+def _landed(ring, number):
+    """A tile, by its number, when it has landed."""
     tiles, full, _ = ring
     STAGES: gl.constexpr = tiles.shape[0]
-    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2, pred=awaited)
+    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2)
     return tiles.index(number % STAGES)
 
 
@@ -131,27 +81,12 @@ def _release(ring, number):
 
 
 @gluon.jit
-def _await_turn(turns, number, CONSUMER: gl.constexpr):
-    """Consumers take the products of keys of a tile one after the other, the first of them beginning.
-
-    The phase before the first one counts as complete.
-    """
-    mbarrier.wait(turns.index(CONSUMER), (number + (CONSUMER == 0)) % 2)
-
-
-@gluon.jit
-def _pass_turn(turns, CONSUMER: gl.constexpr):
-    mbarrier.arrive(turns.index((CONSUMER + 1) % turns.shape[0]), count=1)
-
-
-@gluon.jit
 def _products_of_keys(q, keys, number):
-    """The scores of one tile, which has landed, still under way."""
+    """The scores of one tile, still under way."""
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     nothing = gl.zeros([WARPGROUP_ROWS, BLOCK_N], gl.float32, layout)
-    tile = keys[0].index(number % keys[0].shape[0])
-    return warpgroup_mma(q, tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    return warpgroup_mma(q, _landed(keys, number).permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -219,68 +154,36 @@ def _fold(folded, m, total, acc):
 
 
 @gluon.jit
-def _scale(state, folded, n, SPLIT: gl.constexpr):
-    """The sums before tile ``n``, ready to take it: scaled by ``a``, or folded and dropped where a split begins."""
-    m_before, total, acc, a = state
-    m_fold, total_fold, acc_fold = folded
-    if n % SPLIT == 0:
-        m_fold, total_fold, merged = _fold((m_fold, total_fold, acc_fold), m_before, total, acc)
-        acc_fold.store(merged)
-    return total * _column(a, total), acc * _column(a, acc), (m_fold, total_fold)
-
-
-@gluon.jit
 def _tile(
-    state, folded, n, origin, q, ones, q_position, keys, values, turns, parameters,
-    CONSUMER: gl.constexpr, SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr, EARLY: gl.constexpr,
-    TURNS: gl.constexpr,
+    state, folded, n, start, q, ones, q_position, keys, values, parameters,
+    SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """The products of keys and the softmax of tile ``n``, the products of values of the tile before it.
-
-    The first are set going before the sums are scaled and folded, the last before the softmax, so that all of these run
-    under products. Nothing is left under way at the end: over a loop's edge the compiler would serialize it.
-    """
-    m, m_before, total, acc, a, weights = state
-    factor, window, stop = parameters
-    BLOCK_N: gl.constexpr = keys[0].shape[1]
-    number = (n - origin) // BLOCK_N
-    if TURNS:
-        _await_turn(turns, number, CONSUMER)
-    if EARLY:
-        s = _products_of_keys(q, keys, number)
-    total, acc, totals = _scale((m_before, total, acc, a), folded, n - BLOCK_N, SPLIT)
-    if not EARLY:
-        s = _products_of_keys(q, keys, number)
+    """One more key tile, whose weights are left for the next one: their products run under its softmax."""
+    m, total, acc, weights = state
+    m_fold, total_fold, acc_fold = folded
+    factor, window = parameters
+    number = (n - start) // keys[0].shape[1]
+    s = _products_of_keys(q, keys, number)
     total, acc = _products_of_values(weights, ones, total, acc, values, number - 1)
     s, total, acc = warpgroup_mma_wait(num_outstanding=2, deps=(s, total, acc))
     _release(keys, number)
-    if TURNS:
-        _pass_turn(turns, CONSUMER)
-    m_split = gl.where(n % SPLIT == 0, float("-inf"), m)
-    m_next, weights, a = _softmax(s, m_split, n, q_position, factor, window, q.dtype, WINDOW, MASKED)
-    # The loop that this waits in keeps the compiler from waiting for the products before the weights are taken.
-    _landed(keys, number + 1, n + BLOCK_N < stop)
+    begins = n % SPLIT == 0
+    m_before = gl.where(begins, float("-inf"), m)
+    m_next, weights, a = _softmax(s, m_before, n, q_position, factor, window, q.dtype, WINDOW, MASKED)
     total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
     _release(values, number - 1)
-    return (m_next, m, total, acc, a, weights), totals
+    if begins:
+        # The split before ends here; what is left of it is then scaled by exp2(-inf).
+        m_fold, total_fold, merged = _fold((m_fold, total_fold, acc_fold), m, total, acc)
+        acc_fold.store(merged)
+    total *= _column(a, total)
+    acc *= _column(a, acc)
+    return (m_next, total, acc, weights), (m_fold, total_fold)
 
 
 @gluon.jit
-def _attend(data, work, CONSUMER: gl.constexpr, WAY: gl.constexpr):
-    BLOCK_N: gl.constexpr = data[0][0].shape[1]
-    BLOCK_M: gl.constexpr = WAY[6]
-    before = 0
-    for lap in range(0, _laps(work)):
-        taken, _, place = _place(lap, work, WAY, BLOCK_M, BLOCK_N)
-        if taken:
-            _attend_tile(data, place, before, work[7], CONSUMER, WAY)
-            before += gl.cdiv(place[7] - place[6], BLOCK_N)
-
-
-@gluon.jit
-def _attend_tile(data, place, before, window, CONSUMER: gl.constexpr, WAY: gl.constexpr):
-    """One tile of rows, whose first tile of keys has the number ``before``."""
-    keys, values, ones, fold_ring, turns, pointers, strides, factor = data
+def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
+    keys, values, ones, fold_ring, pointers, strides, place, factor, window = data
     q_ptr, sinks_ptr, out_ptr = pointers
     q_stride_token, q_stride_head, out_stride_token, out_stride_head = strides
     tile_row, rows, query_start, context, held, kv_head, start, tile_stop, too_long = place
@@ -288,8 +191,6 @@ def _attend_tile(data, place, before, window, CONSUMER: gl.constexpr, WAY: gl.co
     SPLIT: gl.constexpr = WAY[1]
     SINKS: gl.constexpr = WAY[2]
     WINDOW: gl.constexpr = WAY[3]
-    EARLY: gl.constexpr = WAY[4]
-    TURNS: gl.constexpr = WAY[5]
     ROWS: gl.constexpr = WARPGROUP_ROWS
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     D: gl.constexpr = keys[0].shape[2]
@@ -320,21 +221,14 @@ def _attend_tile(data, place, before, window, CONSUMER: gl.constexpr, WAY: gl.co
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     total = gl.zeros([ROWS, _SUM_COLUMNS], gl.float32, total_layout)
     acc = gl.zeros([ROWS, D], gl.float32, acc_layout)
-    acc_fold = fold_ring.index(CONSUMER)
+    m_fold, total_fold, acc_fold = m, total, fold_ring.index(CONSUMER)
     acc_fold.store(acc)
-    # Where tiles would lie from number 0 on.
-    origin = start - before * BLOCK_N
-    _landed(keys, before)
-    if TURNS:
-        _await_turn(turns, before, CONSUMER)
-    s = _products_of_keys(q, keys, before)
+    s = _products_of_keys(q, keys, 0)
     s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
-    _release(keys, before)
-    if TURNS:
-        _pass_turn(turns, CONSUMER)
-    m_next, weights, a = _softmax(s, m, start, q_position, factor, window, q.dtype, WINDOW, True)
-    _landed(keys, before + 1, start + BLOCK_N < stop)
-    state, totals, begin = (m_next, m, total, acc, a, weights), (m, total), start + BLOCK_N
+    _release(keys, 0)
+    m, weights, _ = _softmax(s, m, start, q_position, factor, window, q.dtype, WINDOW, True)
+    begin = start + BLOCK_N
+    state, folded = (m, total, acc, weights), (m_fold, total_fold)
     for part in gl.static_range(0 if WINDOW else 1, 3):
         # Masked tiles at the lower end, full ones, masked ones at the upper end.
         if part == 0:
@@ -344,28 +238,21 @@ def _attend_tile(data, place, before, window, CONSUMER: gl.constexpr, WAY: gl.co
         else:
             begin_part, end_part = gl.maximum(gl.maximum(full_start, full_stop), begin), stop
         for n in range(begin_part, end_part, BLOCK_N):
-            state, totals = _tile(
-                state, (totals[0], totals[1], acc_fold), n, origin, q, ones, q_position, keys, values, turns,
-                (factor, window, stop), CONSUMER, SPLIT, WINDOW, part != 1, EARLY, TURNS,
+            state, folded = _tile(
+                state, (folded[0], folded[1], acc_fold), n, start, q, ones, q_position, keys, values,
+                (factor, window), SPLIT, WINDOW, part != 1,
             )  # fmt: skip
-    m, m_before, total, acc, a, weights = state
-    last = (stop - 1 - origin) // BLOCK_N
-    n = origin + last * BLOCK_N
-    total, acc, totals = _scale((m_before, total, acc, a), (totals[0], totals[1], acc_fold), n, SPLIT)
-    _clear(values, last, n, held)
+    m, total, acc, weights = state
+    last = (stop - 1 - start) // BLOCK_N
+    _clear(values, last, start + last * BLOCK_N, held)
     total, acc = _products_of_values(weights, ones, total, acc, values, last)
     total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
     _release(values, last)
-    m, total, acc = _fold((totals[0], totals[1], acc_fold), m, total, acc)
+    m, total, acc = _fold((folded[0], folded[1], acc_fold), m, total, acc)
 
     # Tiles that only consumers of later rows see.
-    for number in range(last + 1, gl.cdiv(tile_stop - origin, BLOCK_N)):
+    for number in range(gl.cdiv(stop - start, BLOCK_N), gl.cdiv(tile_stop - start, BLOCK_N)):
         _skip(keys, number)
-        if TURNS:
-            _await_turn(turns, number, CONSUMER)
-            # As in _skip.
-            gl.thread_barrier()
-            _pass_turn(turns, CONSUMER)
         _skip(values, number)
 
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
@@ -400,26 +287,40 @@ def _finish(m, total, acc, sinks_ptr, head, SINKS: gl.constexpr):
     return gl.where((total == 0.0)[:, None], 0.0, (acc + 0.0) / total[:, None])
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "requests", "decodes", "tiles", "short_rows", "max_seq_len", "table_stride", "window", "kv_heads"
-    ]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=["requests", "decodes", "tiles", "short_rows", "max_seq_len", "table_stride", "window"])
 def attention_hopper_kernel(
     q_ptr, k_desc, v_desc, table_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, out_ptr,
-    requests, decodes, tiles, kv_heads, short_rows, max_seq_len, factor, window,
+    requests, decodes, tiles, short_rows, max_seq_len, factor, window,
     q_stride_token, q_stride_head, out_stride_token, out_stride_head, table_stride,
     k_rows_block, k_rows_head, k_columns_head, v_rows_block, v_rows_head, v_columns_head,
-    G: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, EARLY: gl.constexpr, TURNS: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
+    KV_HEADS: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
     LOAD_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of requests' rows, as the long road of ``attention_kernel`` has them, each dealt to ``CONSUMERS``."""
+    """One tile of a request's rows, as the long road of ``attention_kernel`` has it, dealt to ``CONSUMERS``."""
     if PDL:
         gdc_wait()
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
     D: gl.constexpr = k_desc.block_type.shape[1]
+    kv_head, number = gl.program_id(0) % KV_HEADS, gl.program_id(0) // KV_HEADS
+    request, tile = request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M, decodes)
+    query_start = gl.load(query_start_ptr + request)
+    query_len = gl.load(query_start_ptr + request + 1) - query_start
+    seq_len = gl.load(seq_lens_ptr + request)
+    rows = query_len * G
+    tile_row = tile * BLOCK_M
+    if rows <= short_rows or tile_row >= rows:
+        return
+    held = gl.minimum(seq_len, max_seq_len)
+    context = held - query_len
+    first_position = context + tile_row // G
+    last_position = context + (gl.minimum(tile_row + BLOCK_M, rows) - 1) // G
+    first, _, _ = split_range(first_position, last_position, window, SPLIT, WINDOW)
+    start = first // BLOCK_N * BLOCK_N
+    # Every consumer takes at least one tile, though a request longer than was promised may leave it none to see.
+    stop = gl.maximum(last_position, start) + 1
+
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
     # A layout in which the 8 rows of a warp's store lie in different banks.
@@ -437,36 +338,29 @@ def attention_hopper_kernel(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(v_empty.index(stage), count=CONSUMERS)
-    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    for consumer in gl.static_range(CONSUMERS):
-        mbarrier.init(turns.index(consumer), count=1)
     fence_async_shared()
     gl.thread_barrier()
 
     # Without the annotation Gluon would turn the numbers into run-time values.
-    WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW, EARLY, TURNS, BLOCK_M, BLOCK_SIZE)
+    WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW)
     keys, values = (k_ring, k_full, k_empty), (v_ring, v_full, v_empty)
     pointers = (q_ptr, sinks_ptr, out_ptr)
     strides = (q_stride_token, q_stride_head, out_stride_token, out_stride_head)
-    work = (kv_heads, query_start_ptr, seq_lens_ptr, tiles, requests, short_rows, max_seq_len, window, decodes)
-    data = (keys, values, ones.permute((1, 0)), fold_ring, turns, pointers, strides, factor)
-    k_strides = (k_rows_block, k_rows_head, k_columns_head)
-    v_strides = (v_rows_block, v_rows_head, v_columns_head)
-    loading = (keys, values, k_desc, v_desc, table_ptr, table_stride, k_strides, v_strides, work, WAY)
+    place = (tile_row, rows, query_start, context, held, kv_head, start, stop, seq_len > max_seq_len)
+    data = (keys, values, ones.permute((1, 0)), fold_ring, pointers, strides, place, factor, window)
+    table_ptr += request.to(gl.int64) * table_stride
+    k_at = (k_rows_block, kv_head * k_rows_head, kv_head * k_columns_head)
+    v_at = (v_rows_block, kv_head * v_rows_head, kv_head * v_columns_head)
+    loading = (keys, values, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE)
     if CONSUMERS == 2:
         gl.warp_specialize(
-            [(_attend, (data, work, 0, WAY)), (_attend, (data, work, 1, WAY)), (_load, loading)],
+            [(_attend, (data, 0, WAY)), (_attend, (data, 1, WAY)), (_load_tiles, loading)],
             [4, 1],
             [REGISTERS, LOAD_REGISTERS],
         )
     else:
         gl.warp_specialize(
-            [
-                (_attend, (data, work, 0, WAY)),
-                (_attend, (data, work, 1, WAY)),
-                (_attend, (data, work, 2, WAY)),
-                (_load, loading),
-            ],
+            [(_attend, (data, 0, WAY)), (_attend, (data, 1, WAY)), (_attend, (data, 2, WAY)), (_load_tiles, loading)],
             [4, 4, 1],
             [REGISTERS, REGISTERS, LOAD_REGISTERS],
         )
@@ -515,15 +409,12 @@ def attention_hopper(
     at_launch, loading, consuming = _REGISTERS[tile.warpgroups]
     layout = gl.NVMMASharedLayout.get_default_for(k[0].block_shape, _ELEMENT[q.dtype])
     k_desc, v_desc = (TensorDescriptor(x[0].base, x[0].shape, x[0].strides, x[0].block_shape, layout) for x in (k, v))
-    programs = tiles * kv_heads
-    if tile.persistent:
-        programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    attention_hopper_kernel[(programs,)](
+    attention_hopper_kernel[(tiles * kv_heads,)](
         q, k_desc, v_desc, block_table, query_start_loc, seq_lens, sinks, out,
-        len(seq_lens), decodes, tiles, kv_heads, short_rows, max_seq_len, factor, window or 0,
+        len(seq_lens), decodes, tiles, short_rows, max_seq_len, factor, window or 0,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_table.stride(0), *k[1:], *v[1:],
-        G=group, BLOCK_SIZE=block_size, SPLIT=split, CONSUMERS=tile.warpgroups,
-        STAGES=tile.stages, EARLY=tile.early, TURNS=tile.turns, SINKS=sinks is not None, WINDOW=window is not None,
+        KV_HEADS=kv_heads, G=group, BLOCK_SIZE=block_size, SPLIT=split, CONSUMERS=tile.warpgroups,
+        STAGES=tile.stages, SINKS=sinks is not None, WINDOW=window is not None,
         LOAD_REGISTERS=loading, REGISTERS=consuming, PDL=pdl,
         num_warps=_WARPS, maxnreg=at_launch, launch_pdl=pdl, enable_fp_fusion=False,
     )  # fmt: skip

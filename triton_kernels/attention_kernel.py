@@ -306,9 +306,9 @@ def fold_kernel(
             m, total, acc = empty(1, 1, COLUMNS)
             offset = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows + row + one
             for slot in range(0, count, AT_ONCE):
-                for number in tl.static_range(AT_ONCE):
-                    present = slot + number + one < count
-                    at = offset + (slot + number) * short_rows
+                for ahead in tl.static_range(AT_ONCE):
+                    present = slot + ahead + one < count
+                    at = offset + (slot + ahead) * short_rows
                     m_next = tl.load(partial_m_ptr + at, mask=present, other=float("-inf"))
                     total_next = tl.load(partial_total_ptr + at, mask=present, other=0.0)[:, None]
                     mask = present[:, None] & (d < D)[None, :]

@@ -50,18 +50,10 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class HopperTile:
-    """What one program of ``attention_hopper`` takes: 64 rows on each of 2 or 3 ``warpgroups``, ``stages`` key tiles.
-
-    ``early``: a tile's products of keys are set going before what they do not need, the scaling of the sums so far.
-    ``turns``: warpgroups begin a tile one after the other, not as it comes. ``persistent``: a program for each
-    multiprocessor, which takes tiles of rows one after the other, not a program for each tile of rows.
-    """
+    """What one program of ``attention_hopper`` takes: 64 rows on each of 2 or 3 warpgroups, a ring of key tiles."""
 
     warpgroups: int
     stages: int
-    early: bool = True
-    turns: bool = False
-    persistent: bool = False
 
     def __post_init__(self) -> None:
         if self.warpgroups not in (2, 3) or self.stages < 2:
