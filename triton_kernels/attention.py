@@ -11,7 +11,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .attention_arguments import check_bounds, check_features, check_tensors
 from .attention_hopper import attention_hopper, takes
 from .attention_kernel import attention_kernel, fold_kernel
-from .attention_plan import DEFAULT_FOLD, MOST_SHORT_ROWS, AttentionFold, AttentionPlan, AttentionTile, attention_plan
+from .attention_plan import (
+    DEFAULT_FOLD,
+    MOST_SHORT_ROWS,
+    AttentionFold,
+    AttentionPlan,
+    AttentionTile,
+    attention_plan,
+    long_tiles,
+)
 from .launch import capability, check_device, programmatic_launch
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -170,7 +178,7 @@ def attention(
             block_size=block_size, kv_heads=kv_heads, split=fold.split, pdl=pdl,
         )  # fmt: skip
     elif plan.long:
-        tiles = (len(q) - decodes) * group // plan.long.block_m + requests - decodes
+        tiles = long_tiles(len(q), requests, decodes, group, plan.long.block_m)
         launch(plan.long, tiles * kv_heads, tiles, 0, (None, None, None), SHORT=False)
     return out
 

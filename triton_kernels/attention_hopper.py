@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .attention_fold import LOG2E, finite, split_range
 from .attention_kernel import request_of
-from .attention_plan import HopperTile
+from .attention_plan import HopperTile, long_tiles
 from .launch import capability
 
 _HEAD_DIMS = (64, 128)
@@ -405,7 +405,7 @@ def attention_hopper(
         split: positions of a split.
     """
     group = q.shape[1] // kv_heads
-    tiles = (len(q) - decodes) * group // (tile.warpgroups * WARPGROUP_ROWS.value) + len(seq_lens) - decodes
+    tiles = long_tiles(len(q), len(seq_lens), decodes, group, tile.warpgroups * WARPGROUP_ROWS.value)
     at_launch, loading, consuming = _REGISTERS[tile.warpgroups]
     layout = gl.NVMMASharedLayout.get_default_for(k[0].block_shape, _ELEMENT[q.dtype])
     k_desc, v_desc = (TensorDescriptor(x[0].base, x[0].shape, x[0].strides, x[0].block_shape, layout) for x in (k, v))

@@ -135,6 +135,20 @@ def attention_plan(
     return AttentionPlan(short, short_rows, parts, _long_tile(head_dim), least, hopper=_HOPPER.get(head_dim))
 
 
+def long_tiles(tokens: int, requests: int, decodes: int, group: int, block_m: int) -> int:
+    """How many tiles of ``block_m`` rows the long road numbers, see ``request_of``: as many as needed, or more.
+
+    Args:
+        tokens: query tokens of all requests.
+        requests: requests in the batch.
+        decodes: the first ones, of one token each, whose tiles are left out.
+        group: query heads to a KV head.
+        block_m: rows of a tile.
+    """
+    # Rounded down each by itself, as the tiles' numbers are: of the difference it would be one too few at times.
+    return tokens * group // block_m - decodes * group // block_m + requests - decodes
+
+
 def workspace_bytes(requests: int, kv_heads: int, max_splits: int, short_rows: int, head_dim: int) -> int:
     """Bytes of the splits' states: for each row of each split ``head_dim`` sums, a maximum and a total in fp32."""
     return requests * kv_heads * max_splits * short_rows * (head_dim + 2) * 4

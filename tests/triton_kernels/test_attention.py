@@ -26,6 +26,7 @@ from vllm_deterministic.triton_kernels.attention_plan import (
     AttentionPlan,
     AttentionTile,
     attention_plan,
+    long_tiles,
     workspace_bytes,
 )
 from vllm_deterministic.triton_kernels.reference.split_attention import split_attention
@@ -195,12 +196,27 @@ def test_any_chunks_neighbours_blocks_and_roads(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("decodes", [0, 3, 7])
+@pytest.mark.parametrize("decodes", [0, 1, 3])
 def test_chunks_behind_decodes(plan: str, decodes: int) -> None:
     first, second = _tokens(55, 0), _tokens(60, 1)
     expected = {id(tokens): _attend([whole(tokens)])[0] for tokens in (first, second)}
-    pieces = [*(Piece(first, end - 1, end) for end in range(20, 27)), Piece(second, 3, 60), Piece(first, 50, 55)]
+    pieces = [*(Piece(first, end - 1, end) for end in (20, 21, 22)), Piece(second, 3, 12), Piece(first, 40, 52)]
     _assert_rows(pieces, expected, plan, plan=plan, decodes=decodes)
+
+
+@given(
+    lens=st.lists(st.integers(1, 300), min_size=1, max_size=6),
+    decodes=st.integers(0, 40),
+    group=st.integers(1, 9),
+    block_m=st.sampled_from([16, 64, 128, 192]),
+)
+def test_every_long_tile_has_a_number(lens: list[int], decodes: int, group: int, block_m: int) -> None:
+    """Request r's tiles are numbered from ``query_start[r] * group // block_m + r`` on."""
+    lens = [1] * decodes + lens
+    starts = [0, *itertools.accumulate(lens)]
+    first = decodes * group // block_m + decodes
+    last = [starts[r] * group // block_m + r - first - (-lens[r] * group // block_m) for r in range(decodes, len(lens))]
+    assert max(last) <= long_tiles(sum(lens), len(lens), decodes, group, block_m)
 
 
 @pytest.mark.parametrize(
