@@ -28,6 +28,7 @@ from . import patches
 from .config import FLAG
 from .coverage import Entry
 from .devices import CUDA, Device
+from .requests import refused_in_requests
 from .sampling import DeterministicSampler
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def walk(model: torch.nn.Module, config: "VllmConfig", sampler: type, device: De
 
 def _architecture(name: str, device: Device) -> Entry:
     # How a model calls its layers is code of its own, which no rule about layers can see.
-    return Entry("model", name, covered_by=f"byte tests of this architecture on {device.name}")
+    refused = refused_in_requests([name], device)
+    but = f"; requests for {', '.join(refused)} are refused" if refused else ""
+    return Entry("model", name, covered_by=f"byte tests of this architecture on {device.name}{but}")
 
 
 def module_entries(model: torch.nn.Module, device: Device) -> tuple[Entry, ...]:

@@ -7,6 +7,7 @@ from .architectures import open_cells
 from .config import FLAG, DeterministicConfig, RefusalError
 from .coverage import Entry
 from .devices import CUDA, Device
+from .requests import refused_in_requests
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -73,7 +74,7 @@ def setting_gaps(config: "VllmConfig", deterministic: DeterministicConfig, devic
     """What is not covered of an engine's settings, in the order in which it would be refused."""
     return (
         *_model_gaps(config.model_config, device),
-        *_open_cells(config, device),
+        *_open_cells(config, deterministic, device),
         *_weight_gaps(config),
         *_cache_gaps(config, deterministic, device),
         *_feature_gaps(config, device),
@@ -113,11 +114,14 @@ def _model_gaps(model: Any, device: Device) -> Iterator[Entry]:
         yield _gap("prompt embeddings", _UNPROVEN, "start without --enable-prompt-embeds")
 
 
-def _open_cells(config: "VllmConfig", device: Device) -> Iterator[Entry]:
+def _open_cells(config: "VllmConfig", deterministic: DeterministicConfig, device: Device) -> Iterator[Entry]:
     if device is not CUDA or config.model_config is None:
         return
     for architecture in config.model_config.architectures:
         still_open = open_cells().get(architecture, ())
+        if not deterministic.allow_uncovered:
+            refused = refused_in_requests([architecture], device)
+            still_open = tuple(cell for cell in still_open if cell not in refused)
         switched_on = [cell for cell in still_open if cell in _SWITCHES and not _SWITCHES[cell][0](config)]
         for cell in switched_on:
             yield _gap(f"architecture {architecture} with {cell}", _UNPROVEN, f"start with {_SWITCHES[cell][1]}")

@@ -51,15 +51,21 @@ def _place(patch: Patch) -> tuple[Any, str]:
     return functools.reduce(getattr, owners, importlib.import_module(module)), name
 
 
-def _seeding(original: Callable[..., Any]) -> Callable[..., Any]:
+def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .devices import current_device
+        from .requests import check_request, refused_in_requests
         from .sampling import default_seed
 
         request = original(self, *args, **kwargs)
         deterministic = DeterministicConfig.of(self.vllm_config)
         params = request.sampling_params
-        if deterministic is not None and params is not None and params.seed is None and params.temperature > 0:
+        if deterministic is None or params is None:
+            return request
+        if not deterministic.allow_uncovered:
+            check_request(params, refused_in_requests(self.vllm_config.model_config.architectures, current_device()))
+        if params.seed is None and params.temperature > 0:
             params.seed = default_seed(deterministic.default_seed, request.prompt_token_ids)
             # vLLM caches how a request samples, and may have looked before there was a seed.
             params.__dict__.pop("sampling_type", None)
@@ -114,10 +120,12 @@ def _model_runner(_original: type) -> type:
 FRONTEND = (
     Patch(
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
-        make=_seeding,
-        why="vLLM draws the noise of a request without a seed from a generator that all requests share.",
-        how="It gets a seed derived from --deterministic-default-seed and its prompt; n choices count up from there.",
-        remove_when="vLLM lets a server set the rule by which unseeded requests are seeded.",
+        make=_admitting,
+        why="vLLM draws the noise of a request without a seed from a generator that all requests share, and serves "
+        "what is not proven of a model's architecture.",
+        how="It gets a seed derived from --deterministic-default-seed and its prompt; n choices count up from there. "
+        "A request for what is not proven is refused.",
+        remove_when="vLLM lets a server set the rule by which unseeded requests are seeded, and check requests.",
     ),
     Patch(
         target="vllm.entrypoints.generate.api_router:init_generate_state",
