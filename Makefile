@@ -37,7 +37,7 @@ test-deploy: $(INSTALLED) ## manifests, Compose and alerts; installs promtool an
 	@$(BIN)/python -m pytest tests/deploy
 
 # There is no .venv for GPUs: CUDA builds of torch and vllm are the user's. -P: the package is the installed one.
-test-gpu: ## what needs an NVIDIA GPU, with the python3 that has '.[cuda,dev]' installed, about 4 minutes
+test-gpu: ## what needs an NVIDIA GPU, with the python3 that has '.[cuda,dev]' installed, about 15 minutes
 	@$(PYTHON) -P -m pytest tests/gpu
 
 test-sanitizer: ## every kernel under NVIDIA's compute-sanitizer, and a planted fault that it must see; GPU, minutes
