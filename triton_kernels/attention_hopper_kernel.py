@@ -1,0 +1,352 @@
+"""The kernel of ``attention_hopper.py``, in Gluon: one warp loads key tiles, warpgroups of 64 rows each fold them.
+
+A ring of ``stages`` tiles of keys and one of values lie between the loading warp and the consumers, each guarded by two
+mbarriers a stage: ``full`` (the tile has landed) and ``empty`` (every consumer has read it). The consumers share the
+tiles and are else independent, so that one's products run under another's softmax.
+
+Invariant: the bytes are those of ``attention_kernel``, whose steps ``_softmax``, ``_fold`` and ``_finish`` repeat.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_wait
+
+from .attention_fold import LOG2E, finite, split_range
+from .attention_kernel import request_of
+
+# Rows of a warpgroup, which a consumer is.
+WARPGROUP_ROWS = gl.constexpr(64)
+# Columns of ones that weights are multiplied by; all columns of a product are equal, so their number is free.
+_SUM_COLUMNS = gl.constexpr(8)
+
+
+@gluon.jit
+def _load_tiles(keys, values, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE: gl.constexpr):
+    BLOCK_N: gl.constexpr = keys[0].shape[1]
+    for n in range(start, stop, BLOCK_N):
+        number = (n - start) // BLOCK_N
+        block = gl.load(table_ptr + n // BLOCK_SIZE)
+        _load_tile(keys, number, k_desc, k_at, block, n % BLOCK_SIZE)
+        _load_tile(values, number, v_desc, v_at, block, n % BLOCK_SIZE)
+
+
+@gluon.jit
+def _load_tile(ring, number, descriptor, at, block, slot):
+    tiles, full, empty = ring
+    rows_block, row, column = at
+    STAGES: gl.constexpr = tiles.shape[0]
+    BYTES: gl.constexpr = tiles.shape[1] * tiles.shape[2] * 2
+    stage = number % STAGES
+    # The phase before the first one counts as complete: the first round of the ring waits for nobody.
+    mbarrier.wait(empty.index(stage), (number // STAGES + 1) % 2)
+    mbarrier.expect(full.index(stage), BYTES)
+    coordinates = [block * rows_block + row + slot, column]
+    tma.async_copy_global_to_shared(descriptor, coordinates, full.index(stage), tiles.index(stage))
+
+
+@gluon.jit
+def _landed(ring, number):
+    """A tile, by its number, when it has landed."""
+    tiles, full, _ = ring
+    STAGES: gl.constexpr = tiles.shape[0]
+    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2)
+    return tiles.index(number % STAGES)
+
+
+@gluon.jit
+def _release(ring, number):
+    _, _, empty = ring
+    mbarrier.arrive(empty.index(number % empty.shape[0]), count=1)
+
+
+@gluon.jit
+def _products_of_keys(q, keys, number):
+    """The scores of one tile, still under way."""
+    BLOCK_N: gl.constexpr = keys[0].shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    nothing = gl.zeros([WARPGROUP_ROWS, BLOCK_N], gl.float32, layout)
+    return warpgroup_mma(q, _landed(keys, number).permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _products_of_values(weights, ones, total, acc, values, number):
+    """``total`` and ``acc`` with one tile added, still under way."""
+    tile = _landed(values, number)
+    for_total = gl.convert_layout(weights, gl.DotOperandLayout(0, total.type.layout, 2))
+    for_acc = gl.convert_layout(weights, gl.DotOperandLayout(0, acc.type.layout, 2))
+    total = warpgroup_mma(for_total, ones, total, is_async=True)
+    return total, warpgroup_mma(for_acc, tile, acc, is_async=True)
+
+
+@gluon.jit
+def _clear(values, number, n, held):
+    """Zeros for values from position ``held`` on: such a slot may hold NaN, which a weight of zero would not hide.
+
+    Every consumer does so before it reads the tile; where two do at once both write the same.
+    """
+    BLOCK_N: gl.constexpr = values[0].shape[1]
+    D: gl.constexpr = values[0].shape[2]
+    ROWS: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    if n + BLOCK_N > held:
+        tile = _landed(values, number)
+        for i in gl.static_range(BLOCK_N // ROWS):
+            part = tile.slice(i * ROWS, ROWS)
+            x = part.load(layout)
+            key = n + i * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            part.store(gl.where((key < held)[:, None], x, gl.zeros_like(x)))
+        fence_async_shared()
+        gl.thread_barrier()
+
+
+@gluon.jit
+def _softmax(s, m, n, q_position, factor, window, dtype: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr):
+    """The running maximum after one tile, its weights, and what all before it are scaled by."""
+    if MASKED:
+        key = n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        visible = key[None, :] <= q_position[:, None]
+        if WINDOW:
+            visible &= key[None, :] > q_position[:, None] - window
+        s = gl.where(visible, s, float("-inf"))
+    m_next = gl.maximum(m, gl.max(s, axis=1) * factor)
+    shift = finite(m_next)
+    weights = gl.exp2(gl.fma(s, factor, -shift[:, None])).to(dtype)
+    return m_next, weights, gl.exp2(m - shift)
+
+
+@gluon.jit
+def _column(x, like):
+    """``x``, a number for each row, as a column beside ``like``."""
+    return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout))[:, None]
+
+
+@gluon.jit
+def _fold(folded, m, total, acc):
+    """Merge a split's state, the later one, into the folded state; ``acc`` of that lies in shared memory."""
+    m_fold, total_fold, acc_fold = folded
+    m_both = gl.maximum(m_fold, m)
+    shift = finite(m_both)
+    a, b = gl.exp2(m_fold - shift), gl.exp2(m - shift)
+    before = acc_fold.load(acc.type.layout)
+    merged = gl.fma(before, _column(a, acc), acc * _column(b, acc))
+    return m_both, gl.fma(total_fold, _column(a, total), total * _column(b, total)), merged
+
+
+@gluon.jit
+def _tile(
+    state, folded, n, start, q, ones, q_position, keys, values, parameters,
+    SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """One more key tile, whose weights are left for the next one: their products run under its softmax."""
+    m, total, acc, weights = state
+    m_fold, total_fold, acc_fold = folded
+    factor, window = parameters
+    number = (n - start) // keys[0].shape[1]
+    s = _products_of_keys(q, keys, number)
+    total, acc = _products_of_values(weights, ones, total, acc, values, number - 1)
+    s, total, acc = warpgroup_mma_wait(num_outstanding=2, deps=(s, total, acc))
+    _release(keys, number)
+    begins = n % SPLIT == 0
+    m_before = gl.where(begins, float("-inf"), m)
+    m_next, weights, a = _softmax(s, m_before, n, q_position, factor, window, q.dtype, WINDOW, MASKED)
+    total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
+    _release(values, number - 1)
+    if begins:
+        # The split before ends here; what is left of it is then scaled by exp2(-inf).
+        m_fold, total_fold, merged = _fold((m_fold, total_fold, acc_fold), m, total, acc)
+        acc_fold.store(merged)
+    total *= _column(a, total)
+    acc *= _column(a, acc)
+    return (m_next, total, acc, weights), (m_fold, total_fold)
+
+
+@gluon.jit
+def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
+    keys, values, ones, fold_ring, pointers, strides, place, factor, window = data
+    q_ptr, sinks_ptr, out_ptr = pointers
+    q_stride_token, q_stride_head, out_stride_token, out_stride_head = strides
+    tile_row, rows, query_start, context, held, kv_head, start, tile_stop, too_long = place
+    G: gl.constexpr = WAY[0]
+    SPLIT: gl.constexpr = WAY[1]
+    SINKS: gl.constexpr = WAY[2]
+    WINDOW: gl.constexpr = WAY[3]
+    ROWS: gl.constexpr = WARPGROUP_ROWS
+    BLOCK_N: gl.constexpr = keys[0].shape[1]
+    D: gl.constexpr = keys[0].shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _SUM_COLUMNS, 16])
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    first_row = tile_row + CONSUMER * ROWS
+
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+    column = gl.arange(0, D, gl.SliceLayout(0, q_layout))
+    q_row = (query_start + row // G).to(gl.int64) * q_stride_token + (kv_head * G + row % G) * q_stride_head
+    q = gl.load(q_ptr + q_row[:, None] + column[None, :], mask=(row < rows)[:, None], other=0.0)
+
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    # A row past the request's last is at position -1, which sees nothing.
+    q_position = gl.where(row < rows, context + row // G, -1)
+    first_position = context + first_row // G
+    last_position = context + (gl.minimum(first_row + ROWS, rows) - 1) // G
+    stop, full_start = gl.maximum(last_position, start) + 1, start
+    full_stop = (first_position + 1) // BLOCK_N * BLOCK_N
+    if WINDOW:
+        full_start = gl.cdiv(gl.maximum(last_position - window + 1, 0), BLOCK_N) * BLOCK_N
+    if first_row >= rows:
+        # No row is this consumer's.
+        stop, full_start, full_stop = start + 1, start, start
+
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    total = gl.zeros([ROWS, _SUM_COLUMNS], gl.float32, total_layout)
+    acc = gl.zeros([ROWS, D], gl.float32, acc_layout)
+    m_fold, total_fold, acc_fold = m, total, fold_ring.index(CONSUMER)
+    acc_fold.store(acc)
+    s = _products_of_keys(q, keys, 0)
+    s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
+    _release(keys, 0)
+    m, weights, _ = _softmax(s, m, start, q_position, factor, window, q.dtype, WINDOW, True)
+    begin = start + BLOCK_N
+    state, folded = (m, total, acc, weights), (m_fold, total_fold)
+    for part in gl.static_range(0 if WINDOW else 1, 3):
+        # Masked tiles at the lower end, full ones, masked ones at the upper end.
+        if part == 0:
+            begin_part, end_part = begin, gl.minimum(full_start, stop)
+        elif part == 1:
+            begin_part, end_part = gl.maximum(full_start, begin), full_stop
+        else:
+            begin_part, end_part = gl.maximum(gl.maximum(full_start, full_stop), begin), stop
+        for n in range(begin_part, end_part, BLOCK_N):
+            state, folded = _tile(
+                state, (folded[0], folded[1], acc_fold), n, start, q, ones, q_position, keys, values,
+                (factor, window), SPLIT, WINDOW, part != 1,
+            )  # fmt: skip
+    m, total, acc, weights = state
+    last = (stop - 1 - start) // BLOCK_N
+    _clear(values, last, start + last * BLOCK_N, held)
+    total, acc = _products_of_values(weights, ones, total, acc, values, last)
+    total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
+    _release(values, last)
+    m, total, acc = _fold((folded[0], folded[1], acc_fold), m, total, acc)
+
+    # Tiles that only consumers of later rows see.
+    for number in range(gl.cdiv(stop - start, BLOCK_N), gl.cdiv(tile_stop - start, BLOCK_N)):
+        _skip(keys, number)
+        _skip(values, number)
+
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
+    column = gl.arange(0, D, gl.SliceLayout(0, acc_layout))
+    head = kv_head * G + row % G
+    m = gl.convert_layout(m, gl.SliceLayout(1, acc_layout))
+    normalizer = gl.convert_layout(gl.max(total, axis=1), gl.SliceLayout(1, acc_layout))
+    out = _finish(m, normalizer, acc, sinks_ptr, head, SINKS)
+    # Longer than was promised: the table need not hold it.
+    out = gl.where(too_long, float("nan"), out)
+    out_row = (query_start + row // G).to(gl.int64) * out_stride_token + head * out_stride_head
+    gl.store(out_ptr + out_row[:, None] + column[None, :], out.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None])
+
+
+@gluon.jit
+def _skip(ring, number):
+    _landed(ring, number)
+    # All warps have seen this round of the barrier before the next one can begin.
+    gl.thread_barrier()
+    _release(ring, number)
+
+
+@gluon.jit
+def _finish(m, total, acc, sinks_ptr, head, SINKS: gl.constexpr):
+    if SINKS:
+        sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
+        m_both = gl.maximum(m, sink)
+        shift = finite(m_both)
+        a, b = gl.exp2(m - shift), gl.exp2(sink - shift)
+        total, acc = gl.fma(total, a, b), gl.fma(acc, a[:, None], gl.zeros_like(acc) * b[:, None])
+    # Zero is added so that a sum has one zero, whatever masked values it passed.
+    return gl.where((total == 0.0)[:, None], 0.0, (acc + 0.0) / total[:, None])
+
+
+@gluon.jit(do_not_specialize=["requests", "decodes", "tiles", "short_rows", "max_seq_len", "table_stride", "window"])
+def attention_hopper_kernel(
+    q_ptr, k_desc, v_desc, table_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, out_ptr,
+    requests, decodes, tiles, short_rows, max_seq_len, factor, window,
+    q_stride_token, q_stride_head, out_stride_token, out_stride_head, table_stride,
+    k_rows_block, k_rows_head, k_columns_head, v_rows_block, v_rows_head, v_columns_head,
+    KV_HEADS: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """One tile of a request's rows, as the long road of ``attention_kernel`` has it, dealt to ``CONSUMERS``."""
+    if PDL:
+        gdc_wait()
+    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
+    BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
+    D: gl.constexpr = k_desc.block_type.shape[1]
+    kv_head, number = gl.program_id(0) % KV_HEADS, gl.program_id(0) // KV_HEADS
+    request, tile = request_of(tiles - 1 - number, query_start_ptr, requests, G, BLOCK_M, decodes)
+    query_start = gl.load(query_start_ptr + request)
+    query_len = gl.load(query_start_ptr + request + 1) - query_start
+    seq_len = gl.load(seq_lens_ptr + request)
+    rows = query_len * G
+    tile_row = tile * BLOCK_M
+    if rows <= short_rows or tile_row >= rows:
+        return
+    held = gl.minimum(seq_len, max_seq_len)
+    context = held - query_len
+    first_position = context + tile_row // G
+    last_position = context + (gl.minimum(tile_row + BLOCK_M, rows) - 1) // G
+    first, _, _ = split_range(first_position, last_position, window, SPLIT, WINDOW)
+    start = first // BLOCK_N * BLOCK_N
+    # Every consumer takes at least one tile, though a request longer than was promised may leave it none to see.
+    stop = gl.maximum(last_position, start) + 1
+
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
+    # A layout in which the 8 rows of a warp's store lie in different banks.
+    fold_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    fold_ring = gl.allocate_shared_memory(gl.float32, [CONSUMERS, WARPGROUP_ROWS, D], fold_layout)
+    ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_SUM_COLUMNS, BLOCK_N], k_desc.dtype)
+    ones = gl.allocate_shared_memory(k_desc.dtype, [_SUM_COLUMNS, BLOCK_N], ones_layout)
+    ones.store(gl.full([_SUM_COLUMNS, BLOCK_N], 1.0, k_desc.dtype, gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])))
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    gl.thread_barrier()
+
+    # Without the annotation Gluon would turn the numbers into run-time values.
+    WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW)
+    keys, values = (k_ring, k_full, k_empty), (v_ring, v_full, v_empty)
+    pointers = (q_ptr, sinks_ptr, out_ptr)
+    strides = (q_stride_token, q_stride_head, out_stride_token, out_stride_head)
+    place = (tile_row, rows, query_start, context, held, kv_head, start, stop, seq_len > max_seq_len)
+    data = (keys, values, ones.permute((1, 0)), fold_ring, pointers, strides, place, factor, window)
+    table_ptr += request.to(gl.int64) * table_stride
+    k_at = (k_rows_block, kv_head * k_rows_head, kv_head * k_columns_head)
+    v_at = (v_rows_block, kv_head * v_rows_head, kv_head * v_columns_head)
+    loading = (keys, values, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [(_attend, (data, 0, WAY)), (_attend, (data, 1, WAY)), (_load_tiles, loading)],
+            [4, 1],
+            [REGISTERS, LOAD_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [(_attend, (data, 0, WAY)), (_attend, (data, 1, WAY)), (_attend, (data, 2, WAY)), (_load_tiles, loading)],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, LOAD_REGISTERS],
+        )
