@@ -14,8 +14,8 @@ MOST_SHORT_ROWS = 64
 _PROGRAMS = 2048
 # Above as many tiles, one program takes all splits of most of them.
 BUSY_TILES = 256
-# Above this splits are folded in registers: no states of splits are kept.
-WORKSPACE_BYTES = 256 << 20
+# Above this splits are folded in registers: no states of splits are kept. CUDA graphs hold it for the longest context.
+WORKSPACE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
