@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -92,7 +93,9 @@ class Case:
         }
         if self != Case(self.dtype):
             return chosen
-        tiles = [AttentionTile(rows, warps, 3) for rows, warps in ((16, 1), (16, 2), (16, 8), (32, 4), (64, 8))]
+        tiles = [
+            AttentionTile(rows, warps, 3) for rows, warps in ((16, 1), (16, 2), (16, 8), (32, 4), (64, 4), (64, 8))
+        ]
         chosen |= {f"{t} in registers": AttentionPlan(t, 4 * LENGTH, 1, None) for t in tiles}
         chosen |= {f"{t}, split": AttentionPlan(t, 64, 3, AttentionTile(128, 8, 3)) for t in tiles}
         chosen |= {f"{t}, two splits a program": AttentionPlan(t, 64, 3, None, least=2) for t in tiles[:1]}
@@ -224,6 +227,23 @@ def test_rows_keep_their_bytes(case: Case) -> None:
             only_short = plan is not None and plan.long is None
             longest = plan.short_rows * case.kv_heads // case.heads if only_short else LENGTH
             assert differing(case, schedules(case, tokens, longest), plan) == [], name
+
+
+@pytest.mark.parametrize("heads", [(8, 2, 128), (6, 2, 128), (6, 1, 128), (4, 2, 128), (8, 2, 64), (4, 2, 256)])
+def test_chunks_behind_decodes(heads: tuple[int, int, int]) -> None:
+    """Batches as vLLM sorts them; of some the tiles just fit, as when the last one was left out."""
+    case = Case(torch.bfloat16, *heads)
+    tokens, expected = prefilled(case, True)
+    generator = random.Random(0)
+    for _ in range(60):
+        decodes = generator.randrange(40)
+        pieces = [Piece(tokens, end - 1, end) for end in generator.sample(range(1, LENGTH), decodes)]
+        for _ in range(generator.randrange(1, 5)):
+            stop = generator.randrange(2, LENGTH)
+            pieces.append(Piece(tokens, generator.randrange(max(0, stop - 300), stop - 1), stop))
+        out = torch.full((sum(map(len, pieces)), *expected.shape[1:]), POISON, dtype=case.dtype, device="cuda")
+        case.attend(pieces, decodes=decodes, out=out)
+        assert same(out, torch.cat([expected[piece.start : piece.stop] for piece in pieces]))
 
 
 @each_case
