@@ -92,6 +92,7 @@ def test_changed_file_changes_it(change: Callable[[Path], None], part: str, tmp_
     ("changes", "part"),
     [
         ({"settings": {"default_seed": 1}}, "sampling"),
+        ({"use_fp64_gumbel": True}, "sampling"),
         ({"settings": {"kv_split": 512}}, "attention"),
         ({"logprobs_mode": "processed_logprobs"}, "sampling"),
         ({"structured_outputs_config": {"backend": "guidance"}}, "sampling"),
@@ -107,6 +108,16 @@ def test_changed_setting_changes_it(changes: dict[str, Any], part: str, qwen3: P
     before, after = taken(qwen3), taken(qwen3, **changes)
     assert after.value != before.value
     assert [name for name in before.parts if after.parts[name] != before.parts[name]] == [part]
+
+
+def test_road_of_attention_changes_it(qwen3: Path) -> None:
+    """On a GPU: on CPU there is one road."""
+    config = EngineArgs(model=str(qwen3), dtype="float32").create_engine_config()
+    triton, flex = (
+        fingerprint.collect(config, DeterministicConfig(attention=road), weights={}, machine={}, attention=[], tiles={})
+        for road in ("triton", "flex")
+    )
+    assert triton.value != flex.value
 
 
 @pytest.mark.parametrize(

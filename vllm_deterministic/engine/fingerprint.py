@@ -101,6 +101,7 @@ def collect(
             "defaults": _plain(model.get_diff_sampling_param()),
             "default_seed": deterministic.default_seed,
             "logprobs_mode": str(model.logprobs_mode),
+            "fp64_noise": model.use_fp64_gumbel,
             "structured_outputs": str(config.structured_outputs_config.backend),
         },
         "versions": versions_part(),
