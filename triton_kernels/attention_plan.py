@@ -117,19 +117,18 @@ def attention_plan(
     short_rows = rows if only_short else max(16, group)
     block_m = min(64, max(16, triton.next_power_of_2(short_rows)))
     tiles = requests * kv_heads * triton.cdiv(short_rows, block_m)
-    if block_m == 16:
-        short = (
-            AttentionTile(16, warps=2, stages=3)
-            if tiles > BUSY_TILES or head_dim > 128
-            else AttentionTile(16, warps=4, stages=5)
-        )
-    else:
+    busy = tiles > BUSY_TILES
+    if block_m > 16:
         short = AttentionTile(block_m, warps=4, stages=3)
+    elif busy or head_dim > 128:
+        short = AttentionTile(16, warps=2, stages=3)
+    else:
+        short = AttentionTile(16, warps=4, stages=5)
     # A long request among many must not wait for one program alone.
     parts = min(max_splits, max(2, triton.cdiv(_PROGRAMS, tiles)), 65535)
     if workspace_bytes(requests, kv_heads, max_splits, short_rows, head_dim) > WORKSPACE_BYTES:
         parts = 1
-    least = triton.cdiv(tiles, 32) if tiles > BUSY_TILES else 1
+    least = triton.cdiv(tiles, 32) if busy else 1
     if only_short:
         return AttentionPlan(short, short_rows, parts, None, least)
     return AttentionPlan(short, short_rows, parts, _long_tile(head_dim), least, hopper=_HOPPER.get(head_dim))
