@@ -72,8 +72,9 @@ def compile_part(part: int, parts: int, asked: list[Load], of: AttentionFold, bl
     attention_module.fold_kernel = Warmup(attention_module.fold_kernel)
     work = [(load, plan) for load in asked for plan in plans(load, of)]
     for load, plan in work[part::parts]:
-        small = replace(load, requests=load.requests[-1:])
-        call(small, of, plan, tensors(replace(small, requests=((small.requests[0][0], 512),)), block_size, 1))[0]()
+        tokens, positions = load.requests[-1]
+        small = replace(load, requests=((tokens, min(positions, 16 * of.split)),))
+        call(small, of, plan, tensors(small, block_size, 1))[0]()
 
 
 def main() -> None:
