@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 from vllm_deterministic.report import html
 from vllm_deterministic.report.pair import Pair
@@ -102,7 +103,8 @@ def test_pictures_follow_a_change_from_light_to_dark(browser: Browser, pages: di
     ink = "return getComputedStyle(document.querySelector('#latency text')).fill"
     light = browser.driver.execute_script(ink)
     browser.prefer("dark")
-    assert browser.driver.execute_script(ink) != light
+    # The page hears of it a moment later.
+    WebDriverWait(browser.driver, 20, poll_frequency=0.05).until(lambda driver: driver.execute_script(ink) != light)
     assert browser.contrast(".js-plotly-plot text") >= 4.5
 
 
