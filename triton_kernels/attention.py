@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_arguments import check_bounds, check_features, check_tensors
+from .attention_arguments import bounds, check_features, check_tensors
 from .attention_hopper import attention_hopper, takes
 from .attention_kernel import attention_kernel, fold_kernel
 from .attention_plan import (
@@ -23,7 +23,6 @@ from .attention_plan import (
 from .launch import capability, check_device, programmatic_launch
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-DTYPES = (torch.bfloat16, torch.float16)
 _LOG2E = math.log2(math.e)
 # A tensor descriptor and how it counts: rows of a block, rows of a head, columns of a head.
 _NO_DESCRIPTOR = (None, 0, 0, 0)
@@ -95,18 +94,14 @@ def attention(
         ValueError: names the argument, its shape or value and what is allowed.
     """
     check_device("q", q)
-    dtypes = DTYPES if q.device.type == "cuda" else (*DTYPES, torch.float32)
     indices = {"block_table": block_table, "query_start_loc": query_start_loc, "seq_lens": seq_lens}
-    check_tensors(q, k_cache, v_cache, **indices, dtypes=dtypes)
+    check_tensors(q, k_cache, v_cache, **indices)
     check_features(q, scale, window, softcap, alibi_slopes, sinks)
     heads = {"alibi_slopes": alibi_slopes, "sinks": sinks}
     _check(q, {"k_cache": k_cache, "v_cache": v_cache}, indices, heads, fold)
     group = q.shape[1] // k_cache.shape[2]
     requests, block_size, kv_heads = len(seq_lens), k_cache.shape[1], k_cache.shape[2]
-    held = block_table.shape[1] * block_size
-    max_query_len = max(1, len(q)) if max_query_len is None else max_query_len
-    max_seq_len = max(1, held) if max_seq_len is None else max_seq_len
-    check_bounds(max_query_len, max_seq_len, held)
+    max_query_len, max_seq_len = bounds(q, block_table, block_size, max_query_len, max_seq_len)
     if not 0 <= decodes <= min(requests, len(q)):
         raise ValueError(f"decodes is {decodes}; of {requests} requests with {len(q)} query tokens that cannot be")
     if out is None:
@@ -116,7 +111,7 @@ def attention(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}; {q.dtype} {tuple(q.shape)} on {q.device}, "
             "contiguous along D, is needed"
         )
-    if requests == 0 or q.numel() == 0 or held == 0:
+    if requests == 0 or q.numel() == 0 or block_table.numel() == 0:
         return out
     if plan is None:
         plan = attention_plan(
@@ -138,11 +133,15 @@ def attention(
     modified = softcap is not None or alibi_slopes is not None or score_mod is not None
 
     def launch(
-        tile: AttentionTile, programs: int, tiles: int, slots: int, partial: Sequence[Any], **options: bool
+        tile: AttentionTile,
+        programs: int,
+        tiles: int,
+        slots: int,
+        partial: Sequence[Any],
+        k: Sequence[Any] = _NO_DESCRIPTOR,
+        v: Sequence[Any] = _NO_DESCRIPTOR,
+        **options: bool,
     ) -> None:
-        by_descriptor = plan.descriptors and not options["SHORT"]
-        k, v = (_descriptor(x, fold.key_tile) if by_descriptor else None for x in (k_cache, v_cache))
-        k, v = (k, v) if k and v else (_NO_DESCRIPTOR, _NO_DESCRIPTOR)
         attention_kernel[(programs,)](
             q, k_cache, v_cache, k[0], v[0], block_table, query_start_loc, seq_lens, sinks, alibi_slopes, mod_data,
             out, *partial,
@@ -170,16 +169,19 @@ def attention(
                 plan.short.block_m, rows_each, max_seq_len, window or 0, out.stride(0), out.stride(1),
                 COLUMNS=columns, AT_ONCE=8 if slots <= 8 or plan.busy else 32, num_warps=1, **common,
             )  # fmt: skip
-    k, v = (_descriptor(x, fold.key_tile) if plan.long and plan.hopper else None for x in (k_cache, v_cache))
-    if k and v and not modified and mask_mod is None and takes(q, fold.key_tile):
+    if plan.long is None:
+        return out
+    k, v = _descriptor(k_cache, fold.key_tile), _descriptor(v_cache, fold.key_tile)
+    if k and v and plan.hopper and not modified and mask_mod is None and takes(q, fold.key_tile):
         attention_hopper(
             q, k, v, block_table, query_start_loc, seq_lens, out, tile=plan.hopper, decodes=decodes,
             short_rows=plan.short_rows, max_seq_len=max_seq_len, factor=scale * _LOG2E, window=window, sinks=sinks,
             block_size=block_size, kv_heads=kv_heads, split=fold.split, pdl=pdl,
         )  # fmt: skip
-    elif plan.long:
+    else:
         tiles = long_tiles(len(q), requests, decodes, group, plan.long.block_m)
-        launch(plan.long, tiles * kv_heads, tiles, 0, (None, None, None), SHORT=False)
+        described = (k, v) if k and v and plan.descriptors else ()
+        launch(plan.long, tiles * kv_heads, tiles, 0, (None, None, None), *described, SHORT=False)
     return out
 
 

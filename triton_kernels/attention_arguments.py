@@ -4,6 +4,8 @@ import math
 
 import torch
 
+DTYPES = (torch.bfloat16, torch.float16)
+
 
 def check_tensors(
     q: torch.Tensor,
@@ -12,13 +14,13 @@ def check_tensors(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """Refuse tensors that do not fit together.
+    """Refuse tensors that do not fit together, and dtypes but ``DTYPES`` and on CPU fp32.
 
     Raises:
         ValueError: names the tensor, its shape or dtype and what is allowed.
     """
+    dtypes = (*DTYPES, torch.float32) if q.device.type == "cpu" else DTYPES
     if q.dtype not in dtypes:
         raise ValueError(f"q is {q.dtype}; {', '.join(map(str, dtypes))} are allowed on {q.device}")
     if q.dim() != 3 or q.shape[2] < 16:
@@ -46,17 +48,23 @@ def check_tensors(
             )
 
 
-def check_bounds(max_query_len: int, max_seq_len: int, held: int) -> None:
-    """Refuse bounds that no batch has; ``held`` is how many positions a request's row of the block table holds.
+def bounds(
+    q: torch.Tensor, block_table: torch.Tensor, block_size: int, max_query_len: int | None, max_seq_len: int | None
+) -> tuple[int, int]:
+    """The most query tokens and positions of a request: as given, or what q and a row of the block table hold.
 
     Raises:
-        ValueError: names both.
+        ValueError: no batch has these; names both.
     """
+    held = block_table.shape[1] * block_size
+    max_query_len = max(1, len(q)) if max_query_len is None else max_query_len
+    max_seq_len = max(1, held) if max_seq_len is None else max_seq_len
     if max_query_len < 1 or not 1 <= max_seq_len <= max(1, held):
         raise ValueError(
             f"max_query_len is {max_query_len} and max_seq_len {max_seq_len}; both must be at least 1, and max_seq_len "
             f"at most {held}, which the block table holds"
         )
+    return max_query_len, max_seq_len
 
 
 def check_features(

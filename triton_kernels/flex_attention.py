@@ -6,8 +6,8 @@ import math
 import torch
 from triton import cdiv
 
-from .attention import DTYPES, max_splits
-from .attention_arguments import check_bounds, check_features, check_tensors
+from .attention import max_splits
+from .attention_arguments import bounds, check_features, check_tensors
 from .attention_plan import DEFAULT_FOLD, AttentionFold
 from .flex_jobs import QueryTiles, gather_split, query_tiles
 from .flex_split import BLOCK_M, MaskMod, ScoreMod, SplitKernel, compiled_splits
@@ -74,22 +74,16 @@ def split_flex_attention(
     Raises:
         ValueError: names the argument, its shape or value and what is allowed.
     """
-    check_tensors(
-        q, k_cache, v_cache, block_table, query_start_loc, seq_lens,
-        (*DTYPES, torch.float32) if q.device.type == "cpu" else DTYPES,
-    )  # fmt: skip
+    check_tensors(q, k_cache, v_cache, block_table, query_start_loc, seq_lens)
     check_features(q, scale, window, softcap, alibi_slopes, sinks)
-    held = block_table.shape[1] * k_cache.shape[1]
-    max_query_len = max(1, len(q)) if max_query_len is None else max_query_len
-    max_seq_len = max(1, held) if max_seq_len is None else max_seq_len
-    check_bounds(max_query_len, max_seq_len, held)
+    max_query_len, max_seq_len = bounds(q, block_table, k_cache.shape[1], max_query_len, max_seq_len)
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype or out.device != q.device):
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be like q")
     # What tiles have beyond their tokens ends in one row more.
     results = q.new_empty(len(q) + 1, *q.shape[1:])
     if out is not None:
         results[:-1] = out
-    if len(seq_lens) and q.numel() and held:
+    if len(seq_lens) and q.numel() and block_table.shape[1] * k_cache.shape[1]:
         group = q.shape[1] // k_cache.shape[2]
         kernel = SplitKernel(group, fold.key_tile, scale, window, softcap, score_mod, mask_mod)
         attend = functools.partial(_attend, kernel, k_cache, v_cache, block_table, alibi_slopes, fold.split)
