@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -13,7 +12,6 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -25,6 +23,7 @@ from vllm_deterministic.triton_kernels.reference.attention_plan import QueryTile
 from vllm_deterministic.triton_kernels.reference.paged_attention import Workspace, cache_units, write_cache
 
 from .config import DeterministicConfig, RefusalError
+from .fixed_splits import FixedSplitBackend, refuse_features
 
 logger = init_logger("vllm.deterministic")
 
@@ -34,23 +33,8 @@ CANDIDATE_ROWS = (4, 8, 32, 64, 128)
 MAX_SPLIT_ROWS = 1 << 16
 
 
-class DeterministicCPUAttentionBackend(CPUAttentionBackend):
+class DeterministicCPUAttentionBackend(FixedSplitBackend, CPUAttentionBackend):
     """Takes the place of CPU_ATTN; layout and sizes of the cache stay as vLLM's own backend has them."""
-
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any power of two up to the KV split works; ``coverage`` refuses the others before the engine starts."""
-        return [MultipleOf(16)]
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type == AttentionType.DECODER
 
     @staticmethod
     def get_impl_cls() -> "type[DeterministicCPUAttentionImpl]":
@@ -78,10 +62,7 @@ class DeterministicCPUAttentionMetadataBuilder(AttentionMetadataBuilder[Determin
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        deterministic = DeterministicConfig.of(vllm_config)
-        if deterministic is None:
-            raise RuntimeError("this process serves a deterministic engine; start the other engine in another process")
-        self.kv_split = deterministic.kv_split
+        self.kv_split = DeterministicConfig.serving(vllm_config).kv_split
         impls = [layer.impl for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()]
         self.windows = sorted({impl.window for impl in impls}, key=lambda window: window or 0)
         self.group_size = impls[0].num_queries_per_kv
@@ -128,17 +109,12 @@ class DeterministicCPUAttentionImpl(AttentionImpl[DeterministicCPUAttentionMetad
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        uncovered = {
+        others = {
             "ALiBi": alibi_slopes is not None,
             "a soft-cap of the scores": bool(logits_soft_cap),
             "attention sinks": sinks is not None,
-            "KV sharing between layers": kv_sharing_target_layer_name is not None,
-            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
-            f"KV cache dtype {kv_cache_dtype}": kv_cache_dtype != "auto",
         }
-        for feature, used in uncovered.items():
-            if used:
-                raise RefusalError(f"{feature} is not covered on CPU: serve this model without the flag")
+        refuse_features("CPU", kv_sharing_target_layer_name, attn_type, kv_cache_dtype, others)
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.num_queries_per_kv = num_heads // num_kv_heads
         self.scale = float(scale)

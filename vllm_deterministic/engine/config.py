@@ -76,6 +76,18 @@ class DeterministicConfig(BaseModel):
         """The settings of an engine, None where it is not deterministic."""
         return cls.from_additional_config(vllm_config.additional_config)
 
+    @classmethod
+    def serving(cls, vllm_config: "VllmConfig") -> Self:
+        """The settings of an engine whose layers are built in a process where they are replaced.
+
+        Raises:
+            RuntimeError: it is not deterministic, and another one that is has prepared this process.
+        """
+        deterministic = cls.of(vllm_config)
+        if deterministic is None:
+            raise RuntimeError("this process serves a deterministic engine; start the other engine in another process")
+        return deterministic
+
 
 def _describe(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -16,7 +15,6 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
@@ -24,9 +22,8 @@ from vllm_deterministic.triton_kernels.attention import HEAD_DIMS, attention
 from vllm_deterministic.triton_kernels.attention_plan import BUSY_TILES, MOST_SHORT_ROWS, AttentionFold
 from vllm_deterministic.triton_kernels.flex_attention import split_flex_attention
 
-from .config import DeterministicConfig, RefusalError
-
-logger = init_logger("vllm.deterministic")
+from .config import DeterministicConfig
+from .fixed_splits import FixedSplitBackend, refuse_features
 
 KEY_TILE = 64
 # Blocks of a key tile each let the copy engine load a tile at once.
@@ -34,21 +31,15 @@ PREFERRED_BLOCK_SIZE = 64
 ROADS: dict[str, Callable[..., torch.Tensor]] = {"triton": attention, "flex": split_flex_attention}
 
 
-class DeterministicCUDAAttentionBackend(AttentionBackend):
+class DeterministicCUDAAttentionBackend(FixedSplitBackend, AttentionBackend):
     """vLLM's member CUSTOM; layout and sizes of the cache stay as vLLM's own backends have them."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
     forward_includes_kv_cache_update = False
 
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any power of two up to the KV split works; ``coverage`` refuses the others before the engine starts."""
-        return [MultipleOf(16)]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -81,10 +72,6 @@ class DeterministicCUDAAttentionBackend(AttentionBackend):
     def supports_sink(cls) -> bool:
         return True
 
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type == AttentionType.DECODER
-
     @staticmethod
     def get_impl_cls() -> "type[DeterministicCUDAAttentionImpl]":
         return DeterministicCUDAAttentionImpl
@@ -113,7 +100,8 @@ class DeterministicCUDAAttentionMetadataBuilder(AttentionMetadataBuilder[Determi
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
         """FlexAttention's calls follow from the longest context: a graph would hold those of the longest possible."""
-        return AttentionCGSupport.ALWAYS if _settings(vllm_config).attention == "triton" else AttentionCGSupport.NEVER
+        road = DeterministicConfig.serving(vllm_config).attention
+        return AttentionCGSupport.ALWAYS if road == "triton" else AttentionCGSupport.NEVER
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -162,15 +150,8 @@ class DeterministicCUDAAttentionImpl(AttentionImpl[DeterministicCUDAAttentionMet
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        uncovered = {
-            "KV sharing between layers": kv_sharing_target_layer_name is not None,
-            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
-            f"KV cache dtype {kv_cache_dtype}": kv_cache_dtype != "auto",
-        }
-        for feature, used in uncovered.items():
-            if used:
-                raise RefusalError(f"{feature} is not covered on a GPU: serve this model without the flag")
-        deterministic = _settings(get_current_vllm_config())
+        refuse_features("a GPU", kv_sharing_target_layer_name, attn_type, kv_cache_dtype)
+        deterministic = DeterministicConfig.serving(get_current_vllm_config())
         self.attention = ROADS[deterministic.attention]
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale = float(scale)
@@ -272,13 +253,6 @@ def _leading_decodes(query_start_loc: torch.Tensor) -> int:
     query_lens = query_start_loc.diff()
     longer = (query_lens != 1).nonzero()
     return int(longer[0]) if len(longer) else len(query_lens)
-
-
-def _settings(vllm_config: VllmConfig) -> DeterministicConfig:
-    deterministic = DeterministicConfig.of(vllm_config)
-    if deterministic is None:
-        raise RuntimeError("this process serves a deterministic engine; start the other engine in another process")
-    return deterministic
 
 
 def _loads(group: int, kv_heads: int, fold: AttentionFold) -> Iterator[tuple[int, int, int]]:
