@@ -26,7 +26,7 @@ from gpu_timing import (
     product_flops_per_second,
 )
 from vllm_deterministic.triton_kernels import attention as attention_module
-from vllm_deterministic.triton_kernels.attention_plan import DEFAULT_FOLD, AttentionFold
+from vllm_deterministic.triton_kernels.attention_plan import DEFAULT_FOLD, AttentionFold, AttentionPlan
 
 ROTATED_BYTES = 130_000_000
 # Of keys and values of one point: below it a point is measured.
@@ -94,14 +94,17 @@ def tensors(load: Load, block_size: int, copies: int, seed: int = 0) -> tuple[to
     return q, *both.split(load.head_dim, dim=-1), table, starts, seq_lens.cuda()
 
 
-def ours(load: Load, fold: AttentionFold, arguments: tuple[torch.Tensor, ...]) -> list[Call]:
-    """A call for each copy of the cache."""
+def ours(
+    load: Load, fold: AttentionFold, arguments: tuple[torch.Tensor, ...], plan: AttentionPlan | None = None
+) -> list[Call]:
+    """A call for each copy of the cache; ``plan``: the load's own unless given."""
     q, k, v, tables, starts, lengths = arguments
     options = {
         "scale": load.head_dim**-0.5,
         "max_query_len": max(tokens for tokens, _ in load.requests),
         "max_seq_len": max(positions for _, positions in load.requests),
         "fold": fold,
+        "plan": plan,
     }
     return [
         lambda table=table: attention_module.attention(q, k, v, table, starts, lengths, **options) for table in tables

@@ -13,8 +13,6 @@ import torch
 
 # Past the L2 cache, and small enough that a copy's first run warms up all of it.
 COPY_BYTES = 1 << 28
-
-
 # Of the weights that products rotate through, past the same cache.
 WEIGHT_BYTES = 130_000_000
 

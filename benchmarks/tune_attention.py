@@ -8,11 +8,9 @@ Every plan gives the same bytes; see `bench_attention.py` for the loads and how 
 import argparse
 import itertools
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
-from bench_attention import ROTATED_BYTES, Load, fold, loads, microseconds, tensors
+from bench_attention import ROTATED_BYTES, Load, fold, loads, microseconds, ours, tensors
 from gpu_timing import Warmup, in_parts
 from vllm_deterministic.triton_kernels import attention as attention_module
 from vllm_deterministic.triton_kernels.attention import max_splits
@@ -51,19 +49,9 @@ def plans(load: Load, of: AttentionFold) -> list[AttentionPlan]:
         for number, warps, stages in itertools.product(parts, WARPS, STAGES):
             found.append(replace(chosen, short=replace(chosen.short, warps=warps, stages=stages), parts=number))
     if chosen.long:
-        found += [replace(chosen, long=tile, descriptors=on) for tile in LONG for on in (True, False)]
+        # The plan's own goes to the Hopper kernel where it can: these are the Triton kernel's.
+        found += [replace(chosen, long=tile, descriptors=on, hopper=None) for tile in LONG for on in (True, False)]
     return list(dict.fromkeys(found))
-
-
-def call(load: Load, of: AttentionFold, plan: AttentionPlan, arguments: tuple[torch.Tensor, ...]) -> list[Any]:
-    """A call for each copy of the cache."""
-    q, k, v, tables, starts, lengths = arguments
-    attend = partial(
-        attention_module.attention, scale=load.head_dim**-0.5, fold=of, plan=plan,
-        max_query_len=max(tokens for tokens, _ in load.requests),
-        max_seq_len=max(positions for _, positions in load.requests),
-    )  # fmt: skip
-    return [partial(attend, q, k, v, table, starts, lengths) for table in tables]
 
 
 def compile_part(part: int, parts: int, asked: list[Load], of: AttentionFold, block_size: int) -> None:
@@ -74,7 +62,7 @@ def compile_part(part: int, parts: int, asked: list[Load], of: AttentionFold, bl
     for load, plan in work[part::parts]:
         tokens, positions = load.requests[-1]
         small = replace(load, requests=((tokens, min(positions, 16 * of.split)),))
-        call(small, of, plan, tensors(small, block_size, 1))[0]()
+        ours(small, of, tensors(small, block_size, 1), plan)[0]()
 
 
 def main() -> None:
@@ -100,11 +88,11 @@ def main() -> None:
     for load in asked:
         arguments = tensors(load, args.block_size, max(1, min(8, ROTATED_BYTES // load.kv_bytes)))
         found = plans(load, args.fold)
-        times = [microseconds(call(load, args.fold, plan, arguments)) for plan in found]
+        times = [microseconds(ours(load, args.fold, arguments, plan)) for plan in found]
         print(f"{load.name} {load.heads}/{load.kv_heads}: chosen {times[0]:.1f} us", flush=True)
         for time, plan in sorted(zip(times, found, strict=True), key=lambda pair: pair[0])[: args.shown]:
             tile = plan.short if plan.short and not plan.long else plan.long
-            print(f"  {time:8.1f}  parts {plan.parts} {tile} descriptors {plan.descriptors}", flush=True)
+            print(f"  {time:8.1f}  parts {plan.parts} {tile} descriptors {plan.descriptors} {plan.hopper or ''}", flush=True)
         del arguments
         torch.cuda.empty_cache()
 
