@@ -92,7 +92,10 @@ def main() -> None:
         print(f"{load.name} {load.heads}/{load.kv_heads}: chosen {times[0]:.1f} us", flush=True)
         for time, plan in sorted(zip(times, found, strict=True), key=lambda pair: pair[0])[: args.shown]:
             tile = plan.short if plan.short and not plan.long else plan.long
-            print(f"  {time:8.1f}  parts {plan.parts} {tile} descriptors {plan.descriptors} {plan.hopper or ''}", flush=True)
+            print(
+                f"  {time:8.1f}  parts {plan.parts} {tile} descriptors {plan.descriptors} {plan.hopper or ''}",
+                flush=True,
+            )
         del arguments
         torch.cuda.empty_cache()
 
