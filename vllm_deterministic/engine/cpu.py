@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from . import fingerprint, linear, patches
+from .config import RefusalError
 from .devices import CPU, Device, register_attention
 from .sampling import DeterministicSampler
 from .worker import DeterministicWorker
@@ -36,3 +37,19 @@ class DeterministicCPUWorker(DeterministicWorker, CPUWorker):
     def machine_part(self) -> dict[str, Any]:
         """See ``DeterministicWorker``."""
         return fingerprint.cpu_part()
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: vLLM would pack the weights anew and call its library without the certified tiles.
+
+        Raises:
+            RefusalError: always.
+        """
+        raise RefusalError("reloading weights is not covered on CPU: start another server")
+
+    def reset_weights(self) -> None:
+        """Refused: the fingerprint would not follow.
+
+        Raises:
+            RefusalError: always.
+        """
+        raise RefusalError("resetting weights is not covered on CPU: start another server")
