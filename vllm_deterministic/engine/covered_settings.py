@@ -50,8 +50,9 @@ def check_engine_args(engine_args: "EngineArgs", device: Device) -> None:
         RefusalError: see above.
     """
     backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
-    name = getattr(backend, "name", backend)
-    if name not in (None, "auto", device.attention_backend[0]):
+    # Of an enumeration, or as it was written, which vLLM takes in any case.
+    name = str(getattr(backend, "name", backend or "auto")).upper()
+    if name not in ("AUTO", device.attention_backend[0]):
         raise RefusalError(
             f"--attention-backend {name} cannot be used with deterministic serving, which brings its own: leave it out"
         )
