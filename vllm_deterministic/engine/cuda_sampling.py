@@ -32,7 +32,10 @@ class WithoutFusion:
 def limiting(_apply_top_k_top_p: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """What takes the place of ``apply_top_k_top_p``."""
 
-    def apply_top_k_top_p(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None) -> torch.Tensor:
+    def apply_top_k_top_p(
+        logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None, has_topp_only_rows: bool = True
+    ) -> torch.Tensor:
+        # vLLM 0.33 tells what is in the batch, by which its own kernel is chosen; here one serves every batch.
         return top_k_top_p(logits, k, p)
 
     return apply_top_k_top_p
