@@ -27,7 +27,7 @@ MODELS = {
         "tie_word_embeddings": True,
     },
 }
-_COMMON = {
+COMMON = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "num_key_value_heads": 8,
@@ -58,7 +58,7 @@ class Engine:
         from vllm import LLM
 
         _fill_dummy_weights()
-        config = _COMMON | MODELS[model] | ({"num_hidden_layers": layers} if layers else {})
+        config = COMMON | MODELS[model] | ({"num_hidden_layers": layers} if layers else {})
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
             self.llm = LLM(

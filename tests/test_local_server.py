@@ -33,6 +33,14 @@ def test_serves_and_leaves_no_process(tmp_path: Path, fake_vllm: FakeVllm, monke
     assert environment == 'env {"VLLM_NO_USAGE_STATS": "1", "VLLM_DETERMINISTIC": null, "A": null, "B": "2"}'
 
 
+def test_another_program_may_run_the_command_line(tmp_path: Path, fake_vllm: FakeVllm) -> None:
+    log = tmp_path / "log"
+    with LocalServer("model", log=log, program=[str(fake_vllm.command), "--of", "mine"]):
+        pass
+    fake_vllm.assert_gone()
+    assert log.read_text().startswith('args ["--of", "mine", "serve", "model", ')
+
+
 def test_an_exception_inside_leaves_no_process(tmp_path: Path, fake_vllm: FakeVllm) -> None:
     with pytest.raises(ZeroDivisionError), LocalServer("model", log=tmp_path / "log"):
         raise ZeroDivisionError

@@ -46,6 +46,7 @@ class LocalServer:
         env: variables on top of this process's; None removes one.
         kv_cache_bytes: size of the KV cache, so that a server on a CPU does not claim most of the memory; None leaves
             the choice to vLLM.
+        program: what runs vLLM's command line; the command `vllm` of this environment unless given.
         ready_timeout_s: longest wait for `/health`.
         on_wait: called about twice a second with the seconds waited.
 
@@ -61,13 +62,15 @@ class LocalServer:
         log: Path,
         env: Mapping[str, str | None] | None = None,
         kv_cache_bytes: int | None = 2**30,
+        program: Sequence[str] = (),
         ready_timeout_s: float = 600.0,
         on_wait: Callable[[float], None] = lambda waited_s: None,
     ) -> None:
         self.port = _free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        self._command = [str(_vllm()), "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port), *args]
+        self._command = [*(program or [str(_vllm())]), "serve", str(model)]
+        self._command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
         if kv_cache_bytes is not None:
             self._command += ["--kv-cache-memory-bytes", str(kv_cache_bytes)]
         changes = {**_ENV, **(env or {})}
