@@ -12,7 +12,8 @@ from .attention_plan import HopperTile, long_tiles
 from .launch import capability
 
 _HEAD_DIMS = (64, 128)
-_KEY_TILES = (64, 128)
+# With larger ones the state does not fit the registers.
+_KEY_TILE = 64
 _ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 # Of a warpgroup.
 _WARPS = 4
@@ -23,7 +24,7 @@ _REGISTERS = {2: (168, 24, 240), 3: (128, 32, 160)}
 
 def takes(q: torch.Tensor, key_tile: int) -> bool:
     """Whether ``attention_hopper`` can run, the caches being readable by descriptor."""
-    return capability(q.device) == (9, 0) and q.shape[2] in _HEAD_DIMS and key_tile in _KEY_TILES
+    return capability(q.device) == (9, 0) and q.shape[2] in _HEAD_DIMS and key_tile == _KEY_TILE
 
 
 def attention_hopper(

@@ -1,8 +1,9 @@
 """The kernel of ``attention_hopper.py``, in Gluon: one warp loads key tiles, warpgroups of 64 rows each fold them.
 
-A ring of ``stages`` tiles of keys and one of values lie between the loading warp and the consumers, each guarded by two
-mbarriers a stage: ``full`` (the tile has landed) and ``empty`` (every consumer has read it). The consumers share the
-tiles and are else independent, so that one's products run under another's softmax.
+A ring of ``stages`` tiles of keys and of values lies between the loading warp and the consumers. Each stage has three
+mbarriers: one for keys and one for values that have landed, and ``empty``, that every consumer has read both. The
+consumers share the tiles and are else independent, so that one's products run under another's softmax. The folded state
+stays in registers: in shared memory, reading and writing it took bandwidth from the products.
 
 Invariant: the bytes are those of ``attention_kernel``, whose steps ``_softmax``, ``_fold`` and ``_finish`` repeat.
 """
@@ -28,61 +29,65 @@ _SUM_COLUMNS = gl.constexpr(8)
 
 
 @gluon.jit
-def _load_tiles(keys, values, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE: gl.constexpr):
+def _load_tiles(keys, values, empty, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE: gl.constexpr):
+    STAGES: gl.constexpr = empty.shape[0]
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     for n in range(start, stop, BLOCK_N):
         number = (n - start) // BLOCK_N
         block = gl.load(table_ptr + n // BLOCK_SIZE)
+        # The phase before the first one counts as complete: the first round of the ring waits for nobody.
+        mbarrier.wait(empty.index(number % STAGES), (number // STAGES + 1) % 2)
         _load_tile(keys, number, k_desc, k_at, block, n % BLOCK_SIZE)
         _load_tile(values, number, v_desc, v_at, block, n % BLOCK_SIZE)
 
 
 @gluon.jit
 def _load_tile(ring, number, descriptor, at, block, slot):
-    tiles, full, empty = ring
+    tiles, full = ring
     rows_block, row, column = at
-    STAGES: gl.constexpr = tiles.shape[0]
     BYTES: gl.constexpr = tiles.shape[1] * tiles.shape[2] * 2
-    stage = number % STAGES
-    # The phase before the first one counts as complete: the first round of the ring waits for nobody.
-    mbarrier.wait(empty.index(stage), (number // STAGES + 1) % 2)
+    stage = number % tiles.shape[0]
     mbarrier.expect(full.index(stage), BYTES)
     coordinates = [block * rows_block + row + slot, column]
     tma.async_copy_global_to_shared(descriptor, coordinates, full.index(stage), tiles.index(stage))
 
 
 @gluon.jit
-def _landed(ring, number):
-    """A tile, by its number, when it has landed."""
-    tiles, full, _ = ring
-    STAGES: gl.constexpr = tiles.shape[0]
-    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2)
-    return tiles.index(number % STAGES)
+def _tile_of(ring, number):
+    """A tile that has landed, by its number."""
+    return ring[0].index(number % ring[0].shape[0])
 
 
 @gluon.jit
-def _release(ring, number):
-    _, _, empty = ring
+def _wait_for(ring, number):
+    """Wait until a tile has landed."""
+    tiles, full = ring
+    STAGES: gl.constexpr = tiles.shape[0]
+    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2)
+
+
+@gluon.jit
+def _release(empty, number):
     mbarrier.arrive(empty.index(number % empty.shape[0]), count=1)
 
 
 @gluon.jit
 def _products_of_keys(q, keys, number):
-    """The scores of one tile, still under way."""
+    """The scores of one tile, still under way, as soon as it has landed."""
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     nothing = gl.zeros([WARPGROUP_ROWS, BLOCK_N], gl.float32, layout)
-    return warpgroup_mma(q, _landed(keys, number).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    _wait_for(keys, number)
+    return warpgroup_mma(q, _tile_of(keys, number).permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _products_of_values(weights, ones, total, acc, values, number):
-    """``total`` and ``acc`` with one tile added, still under way."""
-    tile = _landed(values, number)
+    """``total`` and ``acc`` with one tile added, still under way; it must have landed."""
     for_total = gl.convert_layout(weights, gl.DotOperandLayout(0, total.type.layout, 2))
     for_acc = gl.convert_layout(weights, gl.DotOperandLayout(0, acc.type.layout, 2))
     total = warpgroup_mma(for_total, ones, total, is_async=True)
-    return total, warpgroup_mma(for_acc, tile, acc, is_async=True)
+    return total, warpgroup_mma(for_acc, _tile_of(values, number), acc, is_async=True)
 
 
 @gluon.jit
@@ -96,7 +101,7 @@ def _clear(values, number, n, held):
     ROWS: gl.constexpr = 16
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     if n + BLOCK_N > held:
-        tile = _landed(values, number)
+        tile = _tile_of(values, number)
         for i in gl.static_range(BLOCK_N // ROWS):
             part = tile.slice(i * ROWS, ROWS)
             x = part.load(layout)
@@ -129,47 +134,46 @@ def _column(x, like):
 
 @gluon.jit
 def _fold(folded, m, total, acc):
-    """Merge a split's state, the later one, into the folded state; ``acc`` of that lies in shared memory."""
+    """Merge a split's state, the later one, into the folded state."""
     m_fold, total_fold, acc_fold = folded
     m_both = gl.maximum(m_fold, m)
     shift = finite(m_both)
     a, b = gl.exp2(m_fold - shift), gl.exp2(m - shift)
-    before = acc_fold.load(acc.type.layout)
-    merged = gl.fma(before, _column(a, acc), acc * _column(b, acc))
-    return m_both, gl.fma(total_fold, _column(a, total), total * _column(b, total)), merged
+    total_both = gl.fma(total_fold, _column(a, total), total * _column(b, total))
+    return m_both, total_both, gl.fma(acc_fold, _column(a, acc), acc * _column(b, acc))
 
 
 @gluon.jit
 def _tile(
-    state, folded, n, start, q, ones, q_position, keys, values, parameters,
+    state, folded, n, start, q, ones, q_position, keys, values, empty, parameters,
     SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One more key tile, whose weights are left for the next one: their products run under its softmax."""
     m, total, acc, weights = state
-    m_fold, total_fold, acc_fold = folded
     factor, window = parameters
     number = (n - start) // keys[0].shape[1]
     s = _products_of_keys(q, keys, number)
     total, acc = _products_of_values(weights, ones, total, acc, values, number - 1)
     s, total, acc = warpgroup_mma_wait(num_outstanding=2, deps=(s, total, acc))
-    _release(keys, number)
     begins = n % SPLIT == 0
     m_before = gl.where(begins, float("-inf"), m)
     m_next, weights, a = _softmax(s, m_before, n, q_position, factor, window, q.dtype, WINDOW, MASKED)
-    total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
-    _release(values, number - 1)
+    # The next step needs this tile's values. The wait stands here, and the weights are among what it returns, to keep
+    # the compiler from moving the exponentials into that step, between its products (6% slower).
+    _wait_for(values, number)
+    weights, total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(weights, total, acc))
+    _release(empty, number - 1)
     if begins:
         # The split before ends here; what is left of it is then scaled by exp2(-inf).
-        m_fold, total_fold, merged = _fold((m_fold, total_fold, acc_fold), m, total, acc)
-        acc_fold.store(merged)
+        folded = _fold(folded, m, total, acc)
     total *= _column(a, total)
     acc *= _column(a, acc)
-    return (m_next, total, acc, weights), (m_fold, total_fold)
+    return (m_next, total, acc, weights), folded
 
 
 @gluon.jit
 def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
-    keys, values, ones, fold_ring, pointers, strides, place, factor, window = data
+    keys, values, empty, ones, pointers, strides, place, factor, window = data
     q_ptr, sinks_ptr, out_ptr = pointers
     q_stride_token, q_stride_head, out_stride_token, out_stride_head = strides
     tile_row, rows, query_start, context, held, kv_head, start, tile_stop, too_long = place
@@ -207,14 +211,13 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     total = gl.zeros([ROWS, _SUM_COLUMNS], gl.float32, total_layout)
     acc = gl.zeros([ROWS, D], gl.float32, acc_layout)
-    m_fold, total_fold, acc_fold = m, total, fold_ring.index(CONSUMER)
-    acc_fold.store(acc)
+    folded = m, total, acc
     s = _products_of_keys(q, keys, 0)
     s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
-    _release(keys, 0)
     m, weights, _ = _softmax(s, m, start, q_position, factor, window, q.dtype, WINDOW, True)
+    _wait_for(values, 0)
     begin = start + BLOCK_N
-    state, folded = (m, total, acc, weights), (m_fold, total_fold)
+    state = m, total, acc, weights
     for part in gl.static_range(0 if WINDOW else 1, 3):
         # Masked tiles at the lower end, full ones, masked ones at the upper end.
         if part == 0:
@@ -225,21 +228,20 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
             begin_part, end_part = gl.maximum(gl.maximum(full_start, full_stop), begin), stop
         for n in range(begin_part, end_part, BLOCK_N):
             state, folded = _tile(
-                state, (folded[0], folded[1], acc_fold), n, start, q, ones, q_position, keys, values,
-                (factor, window), SPLIT, WINDOW, part != 1,
+                state, folded, n, start, q, ones, q_position, keys, values, empty, (factor, window), SPLIT, WINDOW,
+                part != 1,
             )  # fmt: skip
     m, total, acc, weights = state
     last = (stop - 1 - start) // BLOCK_N
     _clear(values, last, start + last * BLOCK_N, held)
     total, acc = _products_of_values(weights, ones, total, acc, values, last)
     total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
-    _release(values, last)
-    m, total, acc = _fold((folded[0], folded[1], acc_fold), m, total, acc)
+    _release(empty, last)
+    m, total, acc = _fold(folded, m, total, acc)
 
     # Tiles that only consumers of later rows see.
     for number in range(gl.cdiv(stop - start, BLOCK_N), gl.cdiv(tile_stop - start, BLOCK_N)):
-        _skip(keys, number)
-        _skip(values, number)
+        _skip(keys, values, empty, number)
 
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
     column = gl.arange(0, D, gl.SliceLayout(0, acc_layout))
@@ -254,11 +256,12 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
 
 
 @gluon.jit
-def _skip(ring, number):
-    _landed(ring, number)
+def _skip(keys, values, empty, number):
+    _wait_for(keys, number)
+    _wait_for(values, number)
     # All warps have seen this round of the barrier before the next one can begin.
     gl.thread_barrier()
-    _release(ring, number)
+    _release(empty, number)
 
 
 @gluon.jit
@@ -309,35 +312,30 @@ def attention_hopper_kernel(
 
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
-    # A layout in which the 8 rows of a warp's store lie in different banks.
-    fold_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
-    fold_ring = gl.allocate_shared_memory(gl.float32, [CONSUMERS, WARPGROUP_ROWS, D], fold_layout)
     ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_SUM_COLUMNS, BLOCK_N], k_desc.dtype)
     ones = gl.allocate_shared_memory(k_desc.dtype, [_SUM_COLUMNS, BLOCK_N], ones_layout)
     ones.store(gl.full([_SUM_COLUMNS, BLOCK_N], 1.0, k_desc.dtype, gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])))
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
-        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     gl.thread_barrier()
 
     # Without the annotation Gluon would turn the numbers into run-time values.
     WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW)
-    keys, values = (k_ring, k_full, k_empty), (v_ring, v_full, v_empty)
+    keys, values = (k_ring, k_full), (v_ring, v_full)
     pointers = (q_ptr, sinks_ptr, out_ptr)
     strides = (q_stride_token, q_stride_head, out_stride_token, out_stride_head)
     place = (tile_row, rows, query_start, context, held, kv_head, start, stop, seq_len > max_seq_len)
-    data = (keys, values, ones.permute((1, 0)), fold_ring, pointers, strides, place, factor, window)
+    data = (keys, values, empty, ones.permute((1, 0)), pointers, strides, place, factor, window)
     table_ptr += request.to(gl.int64) * table_stride
     k_at = (k_rows_block, kv_head * k_rows_head, kv_head * k_columns_head)
     v_at = (v_rows_block, kv_head * v_rows_head, kv_head * v_columns_head)
-    loading = (keys, values, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE)
+    loading = (keys, values, empty, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [(_attend, (data, 0, WAY)), (_attend, (data, 1, WAY)), (_load_tiles, loading)],

@@ -158,7 +158,7 @@ ASKED = (
 def test_requests_alone_and_together(qwen3: Path, start: Callable[..., LLM]) -> None:
     """Every parameter and kind of request: alone, with prompts in chunks among neighbours, shuffled, streamed."""
     asked = [*ASKED, *models.EVERY_KIND]
-    llm = start(qwen3, enforce_eager=True)
+    llm = start(qwen3, enforce_eager=True, skip_tokenizer_init=False)
     expected = models.alone(llm, asked)
     assert models.differing(asked, models.together(llm, asked), expected) == []
     assert models.differing(asked, models.streamed(llm, asked), expected) == []
