@@ -26,7 +26,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--model-dir", type=Path, required=True, help="where the model is, or is to be written")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument(
+        "--at-once", action="store_true", help="the parts but receipts beside each other; each then sees all shares"
+    )
     parser.add_argument("--limit-s", type=float, default=240, help="of each part; what was done by then is told")
     parser.add_argument("--serve-args", default="", help="further arguments of vllm serve, in one word")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="of the server: its prefill chunks")
@@ -102,16 +105,25 @@ def measure(mode: str, args: argparse.Namespace, vocab_size: int, result: dict[s
             found["startup_s"] = time.monotonic() - begin
             found["fingerprint"] = probe(server.base_url, server_name(args))
             print(f"{mode}: {found}", flush=True)
-            for part in args.parts:
-                if mode == "default" and part not in OF_DEFAULT:
-                    continue
-                found[part] = measure_part(part, server, args, vocab_size)
-                print(f"{mode}: {part} {json.dumps(found[part], indent=1)}", flush=True)
-                write(result, args.output)
+            for parts in groups(mode, args):
+                with ThreadPoolExecutor(len(parts)) as pool:
+                    measured = pool.map(lambda part: measure_part(part, server, args, vocab_size), parts)
+                    for part, found[part] in zip(parts, measured, strict=True):
+                        print(f"{mode}: {part} {json.dumps(found[part], indent=1)}", flush=True)
+                        write(result, args.output)
     except (ServerError, httpx.HTTPError, psutil.Error) as error:
         found["error"] = str(error)
         print(f"{mode}: {error}", flush=True)
     write(result, args.output)
+
+
+def groups(mode: str, args: argparse.Namespace) -> list[list[str]]:
+    """The parts of a mode, those together that run beside each other."""
+    parts = [part for part in args.parts if mode != "default" or part in OF_DEFAULT]
+    if not args.at_once:
+        return [[part] for part in parts]
+    beside = [part for part in parts if part != "receipts"]
+    return [group for group in (beside, ["receipts"] if "receipts" in parts else []) if group]
 
 
 def server_of(mode: str, args: argparse.Namespace) -> LocalServer:
