@@ -148,7 +148,6 @@ def test_an_engine_wakes_up_as_it_was(name: str, tmp_path: Path) -> None:
     assert before["warm"]
     assert before["again"]
     assert len({str(tokens) for tokens, _ in before["answers"]}) > 4, "the answers do not depend on the prompt"
-    assert min(result["freed"], result["taken again"]) > 0.99 * CACHE_BYTES
     assert result["clean"]
     for level in ("level 1", "level 2"):
         for what in before:
@@ -156,3 +155,5 @@ def test_an_engine_wakes_up_as_it_was(name: str, tmp_path: Path) -> None:
     for what in ("other weights", "no weights"):
         assert result[what].startswith("RefusalError: "), f"{what}: {result[what]}"
         assert "weights are not those that the fingerprint was taken of" in result[what]
+    # Of the whole device: it fails where something else takes or frees memory at the same time.
+    assert min(result["freed"], result["taken again"]) > 0.99 * CACHE_BYTES
