@@ -3,7 +3,6 @@
 
 import functools
 import itertools
-import math
 import os
 import random
 import subprocess
@@ -32,6 +31,7 @@ from vllm_deterministic.triton_kernels.attention_plan import (
 
 from ..triton_kernels.attention_oracle import attention_oracle
 from ..triton_kernels.paged_requests import LAYOUTS, Piece, Tokens, cancelling_tokens, paged, random_tokens, whole
+from .captured_attention import POISON, assert_one_graph_serves_any_lengths
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +39,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 # Of the sum of magnitudes: a weight's rounding above and below the fraction, and the result's.
 TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 LENGTH = 3 * DEFAULT_FOLD.split + 37
-POISON = 77.0
 
 
 @triton.jit
@@ -311,41 +310,9 @@ def test_a_long_context() -> None:
 
 
 def test_a_captured_graph_serves_any_lengths() -> None:
-    """One graph for decodes and chunks, with padding rows and requests, replayed on other lengths."""
     case = Case(torch.bfloat16)
-    tokens, expected = prefilled(case, True)
-    rounds = (
-        [Piece(tokens, 1000, 1300), Piece(tokens, LENGTH - 1, LENGTH), Piece(tokens, 0, 40)],
-        [Piece(tokens, LENGTH - 3, LENGTH), Piece(tokens, LENGTH - 1, LENGTH)],
-        [Piece(tokens, 511, 512)],
-    )
-    requests, columns = 4, -(-LENGTH // case.block_size)
-    static_q = torch.zeros(512, case.heads, case.head_dim, dtype=case.dtype, device="cuda")
-    caches = torch.zeros(2, 64, case.block_size, case.kv_heads, case.head_dim, dtype=case.dtype, device="cuda")
-    table = torch.zeros(requests, columns, dtype=torch.int32, device="cuda")
-    starts, lengths = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (requests + 1, requests))
-    arguments = (static_q, *caches, table, starts, lengths)
-    out = torch.full_like(static_q, POISON)
-    attention(*arguments, **case.options(), out=out)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        attention(*arguments, **case.options(), out=out)
-        attention(*arguments, **case.options(), out=out)
-    for pieces in rounds:
-        q, k, v, blocks, begins, ends = paged(pieces, case.block_size)
-        caches.fill_(math.nan)
-        caches[0, : len(k)], caches[1, : len(v)] = k, v
-        static_q[: len(q)] = q
-        table[: len(blocks), : blocks.shape[1]] = blocks
-        starts.fill_(len(q))
-        starts[: len(begins)] = begins
-        lengths.zero_()
-        lengths[: len(ends)] = ends
-        out.fill_(POISON)
-        graph.replay()
-        wanted = torch.cat([expected[piece.start : piece.stop] for piece in pieces])
-        assert same(out[: len(q)], wanted)
-        assert bool((out[len(q) :] == POISON).all())
+    attend = functools.partial(attention, **case.options())
+    assert_one_graph_serves_any_lengths(attend, *prefilled(case, True), case.block_size)
 
 
 def test_nothing_is_written_but_the_output() -> None:

@@ -3,7 +3,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from vllm_deterministic.triton_kernels.flex_attention import split_flex_attentio
 from ..triton_kernels.attention_oracle import attention_oracle
 from ..triton_kernels.invariance import assert_same_bytes
 from ..triton_kernels.paged_requests import LAYOUTS, Piece, Tokens, cancelling_tokens, paged, random_tokens, whole
+from .captured_attention import assert_one_graph_serves_any_lengths
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.bfloat16: 4 * 2.0**-8, torch.float16: 4 * 2.0**-11}
 # All orders show where values cancel: in the first of one split, of keys; in the second, of splits.
 LENGTHS = (DEFAULT_FOLD.split - 60, 3 * DEFAULT_FOLD.split + 37)
-POISON = 77.0
 
 
 def _bias(score: Any, batch: Any, head: Any, row: Any, key: Any) -> Any:
@@ -253,37 +252,5 @@ def test_memory_is_bounded_and_nothing_is_read_back() -> None:
 
 
 def test_a_captured_graph_serves_any_lengths() -> None:
-    """One graph for decodes and chunks, with padding rows and requests, replayed on other lengths."""
-    tokens, expected = prefilled(MAIN, LENGTHS[1], True)
-    length = LENGTHS[1]
-    rounds = (
-        [Piece(tokens, 1000, 1300), Piece(tokens, length - 1, length), Piece(tokens, 0, 40)],
-        [Piece(tokens, length - 3, length), Piece(tokens, length - 1, length)],
-        [Piece(tokens, 511, 512)],
-    )
-    requests, block_size = 4, 64
-    static_q = torch.zeros(512, MAIN.heads, MAIN.head_dim, dtype=MAIN.dtype, device="cuda")
-    caches = torch.zeros(2, 64, block_size, MAIN.kv_heads, MAIN.head_dim, dtype=MAIN.dtype, device="cuda")
-    table = torch.zeros(requests, -(-length // block_size), dtype=torch.int32, device="cuda")
-    starts, lengths = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (requests + 1, requests))
-    arguments = (static_q, *caches, table, starts, lengths)
-    out = torch.full_like(static_q, POISON)
-    split_flex_attention(*arguments, **MAIN.options(), out=out)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        split_flex_attention(*arguments, **MAIN.options(), out=out)
-    for pieces in rounds:
-        q, k, v, blocks, begins, ends = paged(pieces, block_size)
-        caches.fill_(math.nan)
-        caches[0, : len(k)], caches[1, : len(v)] = k, v
-        static_q[: len(q)] = q
-        table[: len(blocks), : blocks.shape[1]] = blocks
-        starts.fill_(len(q))
-        starts[: len(begins)] = begins
-        lengths.zero_()
-        lengths[: len(ends)] = ends
-        out.fill_(POISON)
-        graph.replay()
-        wanted = torch.cat([expected[piece.start : piece.stop] for piece in pieces])
-        assert_same_bytes(out[: len(q)], wanted, "replayed")
-        assert bool((out[len(q) :] == POISON).all())
+    attend = functools.partial(split_flex_attention, **MAIN.options())
+    assert_one_graph_serves_any_lengths(attend, *prefilled(MAIN, LENGTHS[1], True), block_size=64)
