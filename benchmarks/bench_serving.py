@@ -18,17 +18,17 @@ On a CPU, with small numbers, it takes two minutes a mode:
 
 import argparse
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ import random_model
 import serving_many
 import serving_receipts
 import serving_verify
-from load_processes import Load, ServerShares, cpu_shares
+from load_processes import Load, ServerShares, Task, cpu_shares
+from machine import gpu_and_driver, versions
 
 from vllm_deterministic.certify.whole_file import write_whole
 from vllm_deterministic.local_server import LocalServer, ServerError
@@ -156,34 +157,19 @@ def probe(base_url: str, model: str) -> str | None:
 
 def measure_part(part: str, server: LocalServer, args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
     """One part, with the CPU shares of the processes that sent it and of the server's."""
-    url, name = server.base_url, server_name(args)
+    url = server.base_url
     plan = serving_many.Plan(args.completions, args.targets, args.batch, args.cold, vocab_size)
     before, shares, begin = counters(url), ServerShares(server.pid), time.monotonic()
     if part == "receipts":
         load = {"processes": args.processes, "in_flight": args.in_flight, "limit_s": args.limit_s}
         found = serving_receipts.measure_receipts(
-            url, name, plan, receipts=args.receipts, tokens=min(64, args.tokens), load=load
+            url, server_name(args), plan, receipts=args.receipts, tokens=min(64, args.tokens), load=load
         )
-    elif part == "many":
-        tasks = serving_many.many_tasks(url, name, plan, args.processes, args.in_flight)
-        with Load(part, tasks, plan.completions, args.limit_s) as load_processes:
-            results = load_processes.results()
-        found = serving_many.summarize(plan, results) | {"load": cpu_shares(results)}
     else:
-        common = serving_verify.common_settings(
-            url,
-            tokens=args.tokens,
-            concurrency=args.concurrency,
-            kv_split=args.kv_split,
-            chunk_budget=args.max_num_batched_tokens,
-        )
-        if part == "crowds":
-            tasks = serving_verify.crowd_tasks(common, requests=args.requests, runs=args.mixed_runs)
-        else:
-            tasks = serving_verify.sequence_tasks(common, requests=args.requests)
-        with Load(part, tasks, serving_verify.planned(tasks), args.limit_s) as load_processes:
+        tasks, planned, summarize = work_of(part, url, args, plan)
+        with Load(part, tasks, planned, args.limit_s) as load_processes:
             results = load_processes.results()
-        found = serving_verify.summarize(results) | {"load": cpu_shares(results)}
+        found = summarize(results) | {"load": cpu_shares(results)}
     seconds = time.monotonic() - begin
     found |= {"seconds": seconds, "server_cpu_shares": shares.shares(), "cores": os.cpu_count()}
     if "output_tokens" in found:
@@ -191,6 +177,27 @@ def measure_part(part: str, server: LocalServer, args: argparse.Namespace, vocab
     if before is not None and (after := counters(url)) is not None:
         found["server_counters"] = dataclasses.asdict(after - before)
     return found
+
+
+def work_of(
+    part: str, url: str, args: argparse.Namespace, plan: serving_many.Plan
+) -> tuple[list[Task], int, Callable[[Sequence[dict[str, Any]]], dict[str, Any]]]:
+    """The tasks of a part that is load alone, how many requests they plan, and what tells their results together."""
+    if part == "many":
+        tasks = serving_many.many_tasks(url, server_name(args), plan, args.processes, args.in_flight)
+        return tasks, plan.completions, functools.partial(serving_many.summarize, plan)
+    common = serving_verify.common_settings(
+        url,
+        tokens=args.tokens,
+        concurrency=args.concurrency,
+        kv_split=args.kv_split,
+        chunk_budget=args.max_num_batched_tokens,
+    )
+    if part == "crowds":
+        tasks = serving_verify.crowd_tasks(common, requests=args.requests, runs=args.mixed_runs)
+    else:
+        tasks = serving_verify.sequence_tasks(common, requests=args.requests)
+    return tasks, serving_verify.planned(tasks), serving_verify.summarize
 
 
 def counters(base_url: str) -> Counters | None:
@@ -206,23 +213,12 @@ def write(result: dict[str, Any], output: Path | None) -> None:
 
 def environment(commit: str) -> dict[str, Any]:
     """Date, device, driver, versions and the commit that was measured."""
-    packages = {}
-    for package in ("vllm", "torch", "triton", "transformers"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = "absent"
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        devices = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        devices = []
-    gpu, _, driver = devices[0].partition(", ") if devices else ("none", "", "none")
+    gpu, driver = gpu_and_driver() or ("none", "none")
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": gpu,
         "driver": driver,
-        **packages,
+        **versions("vllm", "torch", "triton", "transformers"),
         "python": platform.python_version(),
         "commit": commit,
     }

@@ -27,7 +27,7 @@ MODELS = {
         "tie_word_embeddings": True,
     },
 }
-COMMON = {
+_COMMON = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "num_key_value_heads": 8,
@@ -50,6 +50,11 @@ MODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 PROFILED_STEPS = 20
 
 
+def configuration(shape: dict[str, Any], layers: int | None) -> dict[str, Any]:
+    """The ``config.json`` of a Qwen3 model of a shape, of fewer layers if asked."""
+    return _COMMON | shape | ({"num_hidden_layers": layers} if layers else {})
+
+
 class Engine:
     """An engine of one mode in this process, with the prompts that every mode gets in the same order."""
 
@@ -58,7 +63,7 @@ class Engine:
         from vllm import LLM
 
         _fill_dummy_weights()
-        config = COMMON | MODELS[model] | ({"num_hidden_layers": layers} if layers else {})
+        config = configuration(MODELS[model], layers)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
             self.llm = LLM(

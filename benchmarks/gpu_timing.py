@@ -6,10 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from machine import gpu_and_driver, versions
 
 # Past the L2 cache, and small enough that a copy's first run warms up all of it.
 COPY_BYTES = 1 << 28
@@ -81,20 +81,12 @@ def product_flops_per_second() -> float:
 
 def environment(commit: str) -> dict[str, str]:
     """Date, GPU, driver, versions and the commit that was measured."""
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.split()
-    packages = {}
-    for package in ("torch", "triton", "vllm"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = "absent"
+    _, driver = gpu_and_driver() or ("", "unknown")
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
-        "driver": driver[0] if driver else "unknown",
-        **packages,
+        "driver": driver,
+        **versions("torch", "triton", "vllm"),
         "cuda": str(torch.version.cuda),
         "commit": commit,
     }

@@ -38,7 +38,7 @@ def write_random_model(directory: Path, shape: str, layers: int | None = None) -
     Raises:
         ValueError: another model is in the directory.
     """
-    config = engine_probes.COMMON | SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    config = engine_probes.configuration(SHAPES[shape], layers)
     if directory.exists():
         if json.loads((directory / "config.json").read_text()) != config:
             raise ValueError(f"{directory} holds another model: give another --model-dir")

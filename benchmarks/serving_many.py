@@ -14,7 +14,7 @@ from load_processes import Control, Task
 
 from vllm_deterministic.verify.client import CannotRun, Client
 from vllm_deterministic.verify.compare import logprob_digest
-from vllm_deterministic.verify.completion import Completion
+from vllm_deterministic.verify.completion import TOKEN_IDS, Completion
 from vllm_deterministic.verify.settings import Settings
 
 _LONGEST_PROMPT, _LONGEST_ANSWER = 2000, 16
@@ -61,6 +61,11 @@ class Kind:
 
     body: dict[str, Any]
     prompts: list[list[int]]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The parameters that are sent: those that are set."""
+        return {name: value for name, value in self.body.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -182,10 +187,8 @@ async def _send(
 def body(model: str, kind: Kind, batch: Batch) -> dict[str, Any]:
     """The JSON body of a batch."""
     prompts = [kind.prompts[prompt] for prompt in batch.prompts]
-    asked = {name: value for name, value in kind.body.items() if value is not None}
     salt = {"cache_salt": batch.salt} if batch.salt else {}
-    extensions = {"return_token_ids": True, "return_tokens_as_token_ids": True}
-    return {"model": model, "prompt": prompts, **asked, **extensions, **salt}
+    return {"model": model, "prompt": prompts, **kind.asked, **TOKEN_IDS, **salt}
 
 
 def summarize(plan: Plan, results: Sequence[dict[str, Any]]) -> dict[str, Any]:

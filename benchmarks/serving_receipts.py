@@ -27,8 +27,7 @@ def measure_receipts(
     made = serving_many.kinds(plan)
     chosen = [made[number % len(made)] for number in range(receipts)]
     requests = [
-        {name: value for name, value in kind.body.items() if value is not None}
-        | {"prompt": kind.prompts[number // len(made) % len(kind.prompts)], "max_tokens": tokens}
+        kind.asked | {"prompt": kind.prompts[number // len(made) % len(kind.prompts)], "max_tokens": tokens}
         for number, kind in enumerate(chosen)
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -8,17 +8,17 @@ from typing import Any
 
 from load_processes import Control, Task
 
-from vllm_deterministic.verify import identical, mixed, prefix, sampled
+from vllm_deterministic.verify import prefix, sampled
+from vllm_deterministic.verify.progress import SilentProgress
 from vllm_deterministic.verify.record import ArmRecord
-from vllm_deterministic.verify.run import verify
+from vllm_deterministic.verify.run import ARM_MODULES, verify
 from vllm_deterministic.verify.settings import Settings
 from vllm_deterministic.verify.workload import Site
 
-_ARMS = {"identical": identical, "mixed": mixed, "prefix": prefix, "sampled": sampled}
 _PROCESSES = 4
-_CASES = 24  # of the arm sampled, which sends each equally often
 _TIMEOUT_S = 600.0
 _POLL_S = 0.2
+_COUNTS = ("planned", "answered", "compared", "refused", "output_tokens")
 
 
 def crowd_tasks(common: dict[str, Any], *, requests: int, runs: int) -> list[Task]:
@@ -63,8 +63,11 @@ def common_settings(
 
 
 def _split(common: dict[str, Any], arm: str, name: str, requests: int) -> list[Task]:
-    """An arm over several processes: the answers of equal requests all come at once, and take time to read."""
-    share = _CASES * math.ceil(requests / _PROCESSES / _CASES)
+    """An arm over several processes: the answers of equal requests all come at once, and take time to read.
+
+    Each sends a multiple of the cases of the arm sampled, so that each case is sent equally often.
+    """
+    share = sampled.CASES * math.ceil(requests / _PROCESSES / sampled.CASES)
     processes = math.ceil(requests / share)
     run = {"arms": [arm], name: share, "max_concurrency": math.ceil(common["max_concurrency"] / processes)}
     return [(run_verify, (common | run,))] * processes
@@ -73,7 +76,7 @@ def _split(common: dict[str, Any], arm: str, name: str, requests: int) -> list[T
 def planned(tasks: Sequence[Task]) -> int:
     """Requests of all runs, neighbours included, on a server whose context holds every prompt of the arm prefix."""
     settings = [Settings.model_validate(arguments[0]) for _, arguments in tasks]
-    return sum(_ARMS[arm].count(of_run, Site()) for of_run in settings for arm in of_run.arms)
+    return sum(ARM_MODULES[arm].count(of_run, Site()) for of_run in settings for arm in of_run.arms)
 
 
 def run_verify(control: Control, settings: dict[str, Any]) -> dict[str, Any]:
@@ -103,18 +106,14 @@ async def _verify(control: Control, settings: Settings) -> Any:
         watching.cancel()
 
 
-class _Count:
+class _Count(SilentProgress):
     """A progress that counts for all runs."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
 
-    def start(self, arm: str, total: int) -> None: ...
-
     def advance(self) -> None:
         self._control.add()
-
-    def finish(self) -> None: ...
 
 
 def _brief(arm: ArmRecord) -> dict[str, Any]:
@@ -124,7 +123,7 @@ def _brief(arm: ArmRecord) -> dict[str, Any]:
             position = variant.difference.position if variant.difference else None
             kept = {"output": variant.output_digest, "count": variant.count, "position": position}
             answers.setdefault(group.key, {})[variant.logprob_digest] = kept
-    counts = {name: getattr(arm, name) for name in ("planned", "answered", "compared", "refused", "output_tokens")}
+    counts = {name: getattr(arm, name) for name in _COUNTS}
     failures = [failure.message for failure in arm.failures]
     return {"name": arm.name, **counts, "failures": failures, "answers": answers}
 
@@ -156,9 +155,6 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "fingerprints": sorted({value for result in results for value in result.get("fingerprints", [])}),
         "output_tokens": sum(row["output_tokens"] for row in arms.values()),
     }
-
-
-_COUNTS = ("planned", "answered", "compared", "refused", "output_tokens")
 
 
 def _failed(result: dict[str, Any]) -> bool:

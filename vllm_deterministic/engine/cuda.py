@@ -86,8 +86,7 @@ class DeterministicCUDAWorker(DeterministicWorker, Worker):
         Raises:
             RefusalError: the weights are not, or not yet, those that the engine started with.
         """
-        if self._awaited_weights is not None:
-            self._check_weights()
+        self._check_weights()
         return super().execute_model(scheduler_output)
 
     def _await_weights(self) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from vllm_deterministic.verify.completion import load_json
+from vllm_deterministic.verify.completion import TOKEN_IDS, load_json
 
 Endpoint = Literal["/v1/completions", "/v1/chat/completions"]
 
@@ -56,4 +56,4 @@ def to_send(request: Mapping[str, Any], model: str) -> dict[str, Any]:
             body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
     elif request.get("logprobs") is None:
         body["logprobs"] = _TOP_LOGPROBS
-    return body | {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    return body | TOKEN_IDS

@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+# Fields of vLLM's that a request asks with: for token ids, and that logprobs name tokens by id, since several ids can
+# have the same text.
+TOKEN_IDS = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

@@ -20,7 +20,7 @@ from vllm_deterministic.verify.sender import Sender
 from vllm_deterministic.verify.server import Server, discover
 from vllm_deterministic.verify.settings import ArmName, Settings
 
-_ARMS: dict[ArmName, ModuleType] = {"identical": identical, "mixed": mixed, "prefix": prefix, "sampled": sampled}
+ARM_MODULES: dict[ArmName, ModuleType] = {"identical": identical, "mixed": mixed, "prefix": prefix, "sampled": sampled}
 
 _NO_HITS = (
     "prefix: the server found nothing in its prefix cache, so cold and warm were the same; is its cache turned off?"
@@ -72,7 +72,7 @@ class _Run:
             self._server = server = await discover(client, self._settings)
             sender = Sender(client, server, self._settings, self._run_id, self._started)
             for name in self._settings.arms:
-                module = _ARMS[name]
+                module = ARM_MODULES[name]
                 total = module.count(self._settings, server.site)
                 now = time.monotonic() - self._started
                 arm = ArmJournal(name, total, now, now)

@@ -21,6 +21,7 @@ SETTINGS: tuple[dict[str, float | int], ...] = (
 )
 _SEEDS = 4
 _SEED_STEP = 1000
+CASES = len(SETTINGS) * _SEEDS
 
 
 def _repeats(settings: Settings) -> int:
@@ -28,7 +29,7 @@ def _repeats(settings: Settings) -> int:
 
 
 def _cases(settings: Settings) -> int:
-    return min(len(SETTINGS) * _SEEDS, settings.sampled_prompts // 2)
+    return min(CASES, settings.sampled_prompts // 2)
 
 
 def count(settings: Settings, site: Site) -> int:

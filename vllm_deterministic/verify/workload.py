@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_deterministic.verify.completion import Completion
+from vllm_deterministic.verify.completion import TOKEN_IDS, Completion
 from vllm_deterministic.verify.settings import Settings
 
 Prompt = str | tuple[int, ...]
@@ -106,7 +106,7 @@ def request_body(ask: Ask, model: str, settings: Settings, *, chat: bool, extens
         if ask.logprobs is not None:
             body["logprobs"] = ask.logprobs
     if extensions:
-        body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        body |= TOKEN_IDS
     else:
         body = {name: value for name, value in body.items() if name not in ("top_k", "min_p", "repetition_penalty")}
     if settings.ignore_eos:
