@@ -8,13 +8,15 @@ import triton
 import triton.language as tl
 
 from .fixed_point import fold_masses, mass
-from .row_cut import LARGEST_WIDTH, NO_KEY, element_key, find_cut, needed_mass, total_mass
+from .row_cut import LARGEST_WIDTH, NO_KEY, cut_candidates, cut_row, element_key, needed_mass, total_mass
 from .rows import begin, check_floats, launch_options, part_of_row
 
 # Elements that one program looks through.
 _PART = 4096
 # Candidates of a row that the search keeps apart; where the cut lies outside of them, it looks through the row itself.
-_CAPACITY = 2048
+_CAPACITY = 8192
+# Of these, how many it looks through at a time, and elements of the row that halve it.
+_SEARCHED, _SAMPLE = 2048, 1024
 # What is looked at to guess a bound that few hundred elements reach: runs of neighbours, spread over the row.
 _RUNS, _RUN = 512, 32
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -33,6 +35,7 @@ def _guess_kernel(
     RUNS: tl.constexpr,
     RUN: tl.constexpr,
     SAMPLE: tl.constexpr,
+    CAPACITY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A bound that the wanted elements of the row reach, most likely. Nothing but time depends on it."""
@@ -50,8 +53,8 @@ def _guess_kernel(
         finite = maxima > float("-inf")
         high = tl.max(maxima, axis=0)
         low = tl.min(tl.where(finite, maxima, high), axis=0)
-        # Few finite runs, as where a grammar allows little: all finite elements.
-        few = tl.sum(finite.to(tl.int32), axis=0) < rank
+        # There is room for all, or few runs are finite, as where a grammar allows little: all finite elements.
+        few = (width <= CAPACITY) | (tl.sum(finite.to(tl.int32), axis=0) < rank)
         for _ in range(12):
             middle = low + (high - low) * 0.5
             enough = tl.sum((maxima >= middle).to(tl.int32), axis=0) >= rank
@@ -111,6 +114,8 @@ def _cut_kernel(
     PART: tl.constexpr,
     PARTS: tl.constexpr,
     CAPACITY: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    SAMPLE: tl.constexpr,
     PIVOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -130,13 +135,13 @@ def _cut_kernel(
             masses = tl.load(mass_ptr + row * parts + each, mask=each < parts, other=0)
             need = needed_mass(p, fold_masses(maximum, maxima, masses))
             among = tl.minimum(count, CAPACITY)
-            enough = total_mass(x_row, candidates_row, among, cut, maximum, False, CAPACITY) >= need
+            enough = total_mass(x_row, candidates_row, among, cut, maximum, False, SEARCHED) >= need
         # Where all finite elements are candidates, nothing is left to look for in the row.
         enough = enough | (tl.load(bound_ptr + row) == _LOWEST)
         if enough & (count <= CAPACITY):
-            cut = find_cut(x_row, candidates_row, count, k, p, need, maximum, width, False, CAPACITY, PIVOTS)
+            cut = cut_candidates(candidates_row, count, k, p, need, maximum, width, SEARCHED, PIVOTS)
         else:
-            cut = find_cut(x_row, candidates_row, width, k, p, need, maximum, width, True, PART, PIVOTS)
+            cut = cut_row(x_row, candidates_row, k, p, need, maximum, width, PART, PIVOTS, SAMPLE, CAPACITY, SEARCHED)
     tl.store(cut_ptr + row, cut)
 
 
@@ -207,6 +212,7 @@ def top_k_top_p(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | 
         _RUNS,
         _RUN,
         min(width, _RUNS * _RUN),
+        _CAPACITY,
         **options,
     )
     _candidates_kernel[(num_rows * parts,)](
@@ -239,6 +245,8 @@ def top_k_top_p(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | 
         _PART,
         triton.next_power_of_2(parts),
         _CAPACITY,
+        _SEARCHED,
+        _SAMPLE,
         4,
         **launch_options(logits, 16),
     )

@@ -71,10 +71,12 @@ def test_equals_the_reference(width: int, kind: str, limits: str) -> None:
     )
 
 
-@pytest.mark.parametrize("capacity", [16, 2048])
-def test_rows_keep_their_bytes(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With candidates that suffice, and where the search must look through the row."""
-    monkeypatch.setattr(sys.modules[top_k_top_p.__module__], "_CAPACITY", capacity)
+@pytest.mark.parametrize(("capacity", "sample"), [(2048, 1024), (16, 8), (16, 64), (300, 2)])
+def test_rows_keep_their_bytes(capacity: int, sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With candidates that suffice, and where the search must look through the row, by its elements and without."""
+    module = sys.modules[top_k_top_p.__module__]
+    monkeypatch.setattr(module, "_CAPACITY", capacity)
+    monkeypatch.setattr(module, "_SAMPLE", sample)
     x = torch.randn(6, 700, generator=torch.Generator().manual_seed(0)).mul(2).round(decimals=1)
     k, p = _limits(K, P)
 
