@@ -168,7 +168,7 @@ def prefill(engine: Engine) -> dict[str, Any]:
 
 
 def long_context(engine: Engine) -> dict[str, Any]:
-    return {"long_context_s": engine.run([engine.prompt(6000) for _ in range(16)], 128)[1]}
+    return {"long_context_s": engine.run([engine.prompt(6000) for _ in range(32)], 128)[1]}
 
 
 PROBES: dict[str, Callable[[Engine], dict[str, Any]]] = {
