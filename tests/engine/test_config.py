@@ -1,6 +1,7 @@
 """The flag, its other ways in, and the messages for wrong values."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,20 @@ def test_command_line_ends_with_one_message(args: list[str], message: str, qwen3
         AsyncEngineArgs.from_cli_args(parse("--model", str(qwen3), *args)).create_engine_config()
     assert message in str(ended.value)
     assert "\n" not in str(ended.value)
+
+
+def test_a_folder_without_weights_ends_the_command(
+    model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = model_folder("qwen3")
+    (folder / "model.safetensors").unlink()
+    args = parse("--model", str(folder), "--enable-deterministic", "--load-format", "safetensors")
+    with pytest.raises(SystemExit) as ended:
+        AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"vllm-deterministic: the folder {folder} holds no weights that --load-format safetensors takes: "
+        "put them beside its config.json, or name another folder"
+    )
+    (folder / "model.safetensors").touch()
+    assert settings(AsyncEngineArgs.from_cli_args(args))

@@ -6,7 +6,7 @@ an engine that asked for it (see ``patches.py``): without the flag vLLM runs as 
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import config as settings
 from .config import DeterministicConfig, RefusalError
@@ -67,13 +67,26 @@ def _configure(engine_args: "type[EngineArgs]") -> None:
             deterministic = _requested(self)
             if deterministic is None:
                 return original(self, *args, **kwargs)
-            return _deterministic_config(self, deterministic, lambda: original(self, *args, **kwargs))
+            config = _deterministic_config(self, deterministic, lambda: original(self, *args, **kwargs))
         except RefusalError as refusal:
             if getattr(self, "_from_command_line", False):
                 _exit(refusal)
             raise
+        if getattr(self, "_from_command_line", False):
+            _check_folder(config)
+        return config
 
     engine_args.create_engine_config = create_engine_config
+
+
+def _check_folder(vllm_config: "VllmConfig") -> None:
+    from . import weights
+
+    try:
+        weights.check_folder(vllm_config)
+    except RefusalError as refusal:
+        print(f"vllm-deterministic: {refusal}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _requested(engine_args: "EngineArgs") -> DeterministicConfig | None:
@@ -126,6 +139,6 @@ def _check_settings(vllm_config: "VllmConfig", deterministic: DeterministicConfi
         init_logger("vllm.deterministic").warning("%s", found.headline)
 
 
-def _exit(refusal: RefusalError) -> None:
+def _exit(refusal: RefusalError) -> NoReturn:
     """End a command of vLLM's without a traceback: the message is all that the user needs."""
     sys.exit(f"vllm-deterministic: {refusal}")

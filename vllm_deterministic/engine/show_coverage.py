@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from .config import FLAG, DeterministicConfig, RefusalError
 from .coverage import Coverage
 from .covered_settings import setting_gaps
@@ -37,6 +39,13 @@ def show(arguments: Sequence[str]) -> int:
     except RefusalError as refusal:
         print(refusal)
         return 1
+    except ValidationError as error:
+        # Without the values and the link that pydantic adds.
+        print(
+            f"Error: {'; '.join(found['msg'].removeprefix('Value error, ') for found in error.errors())}",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -47,8 +47,29 @@ def weights_part(config: "VllmConfig", model: "torch.nn.Module", mode: str) -> d
     return {"mode": mode, "files": len(files), "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest()}
 
 
-def loaded_files(config: "VllmConfig", model: "torch.nn.Module") -> list[Path] | None:
-    """The files that vLLM's default loader takes, in order of name; None where another loader was used."""
+def check_folder(config: "VllmConfig") -> None:
+    """Refuse a folder without weights before an engine is started for it.
+
+    Raises:
+        RefusalError: see above.
+    """
+    model, load_format = config.model_config.model, config.load_config.load_format
+    if load_format == "dummy" or not Path(model).is_dir():
+        return
+    try:
+        loaded_files(config, None)
+    except RuntimeError as error:
+        raise RefusalError(
+            f"the folder {model} holds no weights that --load-format {load_format} takes: "
+            "put them beside its config.json, or name another folder"
+        ) from error
+
+
+def loaded_files(config: "VllmConfig", model: "torch.nn.Module | None") -> list[Path] | None:
+    """The files that vLLM's default loader takes, in order of name; None where another loader was used.
+
+    ``model``: which may name files of its own; None before it is built.
+    """
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
