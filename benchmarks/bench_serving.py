@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument(
-        "--at-once", action="store_true", help="the parts but receipts beside each other; each then sees all shares"
+        "--at-once", action="store_true", help="verify's arms beside each other; each then sees the shares of all"
     )
     parser.add_argument("--limit-s", type=float, default=240, help="of each part; what was done by then is told")
     parser.add_argument("--serve-args", default="", help="further arguments of vllm serve, in one word")
@@ -123,8 +123,8 @@ def groups(mode: str, args: argparse.Namespace) -> list[list[str]]:
     parts = [part for part in args.parts if mode != "default" or part in OF_DEFAULT]
     if not args.at_once:
         return [[part] for part in parts]
-    beside = [part for part in parts if part != "receipts"]
-    return [group for group in (beside, ["receipts"] if "receipts" in parts else []) if group]
+    beside = [part for part in parts if part in OF_DEFAULT]
+    return [*([beside] if beside else []), *([part] for part in parts if part not in OF_DEFAULT)]
 
 
 def server_of(mode: str, args: argparse.Namespace) -> LocalServer:
