@@ -19,13 +19,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .attention_fold import LOG2E, finite, split_range
+from .attention_fold import LOG2E, column_sums, finite, raised, row_sums, split_range
 from .attention_kernel import request_of
 
 # Rows of a warpgroup, which a consumer is.
 WARPGROUP_ROWS = gl.constexpr(64)
-# Columns of ones that weights are multiplied by; all columns of a product are equal, so their number is free.
-_SUM_COLUMNS = gl.constexpr(8)
+
+
+@gluon.constexpr_function
+def _assembly(count):
+    """What scales ``count`` elements of a thread, of two rows in turn by pairs, by those that follow them."""
+    products = (f"mul.rn.f32 ${i}, ${i}, ${2 * count + i // 2 % 2 * 2};" for i in range(count))
+    return f"""{{
+    .reg .pred p, other;
+    setp.neu.f32 p, ${2 * count}, 0f3F800000;
+    setp.neu.f32 other, ${2 * count + 2}, 0f3F800000;
+    or.pred p, p, other;
+    vote.sync.any.pred p, p, 0xffffffff;
+    @!p bra.uni same;
+    {" ".join(products)}
+same:
+    }}"""
+
+
+@gluon.constexpr_function
+def _operands(count):
+    """Their constraints: each product in the register of its element."""
+    return ",".join([*["=f"] * count, *map(str, range(count)), *["f"] * count])
 
 
 @gluon.jit
@@ -68,6 +88,8 @@ def _wait_for(ring, number):
 
 @gluon.jit
 def _release(empty, number):
+    # One thread speaks for all warps: each has read the tile, and seen this round of its barriers.
+    gl.thread_barrier()
     mbarrier.arrive(empty.index(number % empty.shape[0]), count=1)
 
 
@@ -82,12 +104,10 @@ def _products_of_keys(q, keys, number):
 
 
 @gluon.jit
-def _products_of_values(weights, ones, total, acc, values, number):
-    """``total`` and ``acc`` with one tile added, still under way; it must have landed."""
-    for_total = gl.convert_layout(weights, gl.DotOperandLayout(0, total.type.layout, 2))
-    for_acc = gl.convert_layout(weights, gl.DotOperandLayout(0, acc.type.layout, 2))
-    total = warpgroup_mma(for_total, ones, total, is_async=True)
-    return total, warpgroup_mma(for_acc, _tile_of(values, number), acc, is_async=True)
+def _products_of_values(weights, acc, values, number):
+    """``acc`` with one tile added, still under way; it must have landed."""
+    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, acc.type.layout, 2))
+    return warpgroup_mma(weights, _tile_of(values, number), acc, is_async=True)
 
 
 @gluon.jit
@@ -113,17 +133,17 @@ def _clear(values, number, n, held):
 
 @gluon.jit
 def _softmax(s, m, n, q_position, factor, window, dtype: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr):
-    """The running maximum after one tile, its weights, and what all before it are scaled by."""
+    """The reference after one tile, the tile's weights and their sums, and what all before it are scaled by."""
     if MASKED:
         key = n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
         visible = key[None, :] <= q_position[:, None]
         if WINDOW:
             visible &= key[None, :] > q_position[:, None] - window
         s = gl.where(visible, s, float("-inf"))
-    m_next = gl.maximum(m, gl.max(s, axis=1) * factor)
+    m_next = raised(m, gl.max(s, axis=1) * factor)
     shift = finite(m_next)
-    weights = gl.exp2(gl.fma(s, factor, -shift[:, None])).to(dtype)
-    return m_next, weights, gl.exp2(m - shift)
+    weights = gl.exp2(gl.fma(s, factor, -shift[:, None]))
+    return m_next, weights.to(dtype), column_sums(weights), gl.exp2(m - shift)
 
 
 @gluon.jit
@@ -133,19 +153,34 @@ def _column(x, like):
 
 
 @gluon.jit
+def _scaled(x, a):
+    """``x * a``. A warp all of whose rows have the factor 1 leaves its part as it is: most of the time."""
+    OF_A_THREAD: gl.constexpr = x.shape[1] // 2
+    ASSEMBLY: gl.constexpr = _assembly(OF_A_THREAD)
+    OPERANDS: gl.constexpr = _operands(OF_A_THREAD)
+    return gl.inline_asm_elementwise(ASSEMBLY, OPERANDS, [x, _column(a, x)], gl.float32, True, OF_A_THREAD)
+
+
+@gluon.jit
+def _row_sums(total, like):
+    """The sum of each row's classes, a number for each row as ``like`` has them."""
+    return gl.convert_layout(gl.max(row_sums(total), axis=1), like.type.layout)
+
+
+@gluon.jit
 def _fold(folded, m, total, acc):
     """Merge a split's state, the later one, into the folded state."""
     m_fold, total_fold, acc_fold = folded
     m_both = gl.maximum(m_fold, m)
     shift = finite(m_both)
     a, b = gl.exp2(m_fold - shift), gl.exp2(m - shift)
-    total_both = gl.fma(total_fold, _column(a, total), total * _column(b, total))
+    total_both = gl.fma(total_fold, a, _row_sums(total, m) * b)
     return m_both, total_both, gl.fma(acc_fold, _column(a, acc), acc * _column(b, acc))
 
 
 @gluon.jit
 def _tile(
-    state, folded, n, start, q, ones, q_position, keys, values, empty, parameters,
+    state, folded, n, start, q, q_position, keys, values, empty, parameters,
     SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One more key tile, whose weights are left for the next one: their products run under its softmax."""
@@ -153,27 +188,27 @@ def _tile(
     factor, window = parameters
     number = (n - start) // keys[0].shape[1]
     s = _products_of_keys(q, keys, number)
-    total, acc = _products_of_values(weights, ones, total, acc, values, number - 1)
-    s, total, acc = warpgroup_mma_wait(num_outstanding=2, deps=(s, total, acc))
+    acc = _products_of_values(weights, acc, values, number - 1)
+    s, acc = warpgroup_mma_wait(num_outstanding=1, deps=(s, acc))
     begins = n % SPLIT == 0
     m_before = gl.where(begins, float("-inf"), m)
-    m_next, weights, a = _softmax(s, m_before, n, q_position, factor, window, q.dtype, WINDOW, MASKED)
+    m_next, weights, sums, a = _softmax(s, m_before, n, q_position, factor, window, q.dtype, WINDOW, MASKED)
     # The next step needs this tile's values. The wait stands here, and the weights are among what it returns, to keep
     # the compiler from moving the exponentials into that step, between its products (6% slower).
     _wait_for(values, number)
-    weights, total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(weights, total, acc))
+    weights, sums, acc = warpgroup_mma_wait(num_outstanding=0, deps=(weights, sums, acc))
     _release(empty, number - 1)
     if begins:
         # The split before ends here; what is left of it is then scaled by exp2(-inf).
         folded = _fold(folded, m, total, acc)
-    total *= _column(a, total)
-    acc *= _column(a, acc)
+    total = gl.fma(total, _column(a, total), sums)
+    acc = _scaled(acc, a)
     return (m_next, total, acc, weights), folded
 
 
 @gluon.jit
 def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
-    keys, values, empty, ones, pointers, strides, place, factor, window = data
+    keys, values, empty, pointers, strides, place, factor, window = data
     q_ptr, sinks_ptr, out_ptr = pointers
     q_stride_token, q_stride_head, out_stride_token, out_stride_head = strides
     tile_row, rows, query_start, context, held, kv_head, start, tile_stop, too_long = place
@@ -186,7 +221,6 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
     D: gl.constexpr = keys[0].shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _SUM_COLUMNS, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     first_row = tile_row + CONSUMER * ROWS
 
@@ -209,12 +243,11 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
         stop, full_start, full_stop = start + 1, start, start
 
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    total = gl.zeros([ROWS, _SUM_COLUMNS], gl.float32, total_layout)
     acc = gl.zeros([ROWS, D], gl.float32, acc_layout)
-    folded = m, total, acc
+    folded = m, gl.zeros_like(m), acc
     s = _products_of_keys(q, keys, 0)
     s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
-    m, weights, _ = _softmax(s, m, start, q_position, factor, window, q.dtype, WINDOW, True)
+    m, weights, total, _ = _softmax(s, m, start, q_position, factor, window, q.dtype, WINDOW, True)
     _wait_for(values, 0)
     begin = start + BLOCK_N
     state = m, total, acc, weights
@@ -228,14 +261,14 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
             begin_part, end_part = gl.maximum(gl.maximum(full_start, full_stop), begin), stop
         for n in range(begin_part, end_part, BLOCK_N):
             state, folded = _tile(
-                state, folded, n, start, q, ones, q_position, keys, values, empty, (factor, window), SPLIT, WINDOW,
+                state, folded, n, start, q, q_position, keys, values, empty, (factor, window), SPLIT, WINDOW,
                 part != 1,
             )  # fmt: skip
     m, total, acc, weights = state
     last = (stop - 1 - start) // BLOCK_N
     _clear(values, last, start + last * BLOCK_N, held)
-    total, acc = _products_of_values(weights, ones, total, acc, values, last)
-    total, acc = warpgroup_mma_wait(num_outstanding=0, deps=(total, acc))
+    acc = _products_of_values(weights, acc, values, last)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
     _release(empty, last)
     m, total, acc = _fold(folded, m, total, acc)
 
@@ -247,8 +280,8 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
     column = gl.arange(0, D, gl.SliceLayout(0, acc_layout))
     head = kv_head * G + row % G
     m = gl.convert_layout(m, gl.SliceLayout(1, acc_layout))
-    normalizer = gl.convert_layout(gl.max(total, axis=1), gl.SliceLayout(1, acc_layout))
-    out = _finish(m, normalizer, acc, sinks_ptr, head, SINKS)
+    total = gl.convert_layout(total, gl.SliceLayout(1, acc_layout))
+    out = _finish(m, total, acc, sinks_ptr, head, SINKS)
     # Longer than was promised: the table need not hold it.
     out = gl.where(too_long, float("nan"), out)
     out_row = (query_start + row // G).to(gl.int64) * out_stride_token + head * out_stride_head
@@ -259,8 +292,6 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
 def _skip(keys, values, empty, number):
     _wait_for(keys, number)
     _wait_for(values, number)
-    # All warps have seen this round of the barrier before the next one can begin.
-    gl.thread_barrier()
     _release(empty, number)
 
 
@@ -312,9 +343,6 @@ def attention_hopper_kernel(
 
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
-    ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_SUM_COLUMNS, BLOCK_N], k_desc.dtype)
-    ones = gl.allocate_shared_memory(k_desc.dtype, [_SUM_COLUMNS, BLOCK_N], ones_layout)
-    ones.store(gl.full([_SUM_COLUMNS, BLOCK_N], 1.0, k_desc.dtype, gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])))
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -331,7 +359,7 @@ def attention_hopper_kernel(
     pointers = (q_ptr, sinks_ptr, out_ptr)
     strides = (q_stride_token, q_stride_head, out_stride_token, out_stride_head)
     place = (tile_row, rows, query_start, context, held, kv_head, start, stop, seq_len > max_seq_len)
-    data = (keys, values, empty, ones.permute((1, 0)), pointers, strides, place, factor, window)
+    data = (keys, values, empty, pointers, strides, place, factor, window)
     table_ptr += request.to(gl.int64) * table_stride
     k_at = (k_rows_block, kv_head * k_rows_head, kv_head * k_columns_head)
     v_at = (v_rows_block, kv_head * v_rows_head, kv_head * v_columns_head)

@@ -3,11 +3,20 @@
 import triton
 import triton.language as tl
 
-from .attention_fold import LOG2E, empty, finish, finite, merge, split_range
+from .attention_fold import (
+    CLASSES,
+    LOG2E,
+    column_sums,
+    empty,
+    finish,
+    finite,
+    in_classes,
+    merge,
+    raised,
+    row_sums,
+    split_range,
+)
 from .rows import begin
-
-# Columns of ones that weights are multiplied by: their sum on the matrix unit follows neither warps nor layout.
-SUM_COLUMNS = tl.constexpr(16)
 
 
 @triton.jit
@@ -85,14 +94,13 @@ def _key_tile(
         if MASK_MOD is not None:
             visible &= MASK_MOD(head[:, None], q_position[:, None], key[None, :], data_ptr)
         s = tl.where(visible, s, float("-inf"))
-    m_next = tl.maximum(m, tl.max(s, axis=1) * factor)
+    m_next = raised(m, tl.max(s, axis=1) * factor)
     shift = finite(m_next)
-    weights = tl.exp2(tl.fma(s, factor, -shift[:, None])).to(q.dtype)
+    weights = tl.exp2(tl.fma(s, factor, -shift[:, None]))
     a = tl.exp2(m - shift)[:, None]
-    ones = tl.full((BLOCK_N, SUM_COLUMNS), 1.0, q.dtype)
-    total = tl.dot(weights, ones, total * a, input_precision="ieee")
+    total = tl.fma(total, in_classes(a, weights), column_sums(weights))
     v_tile = _load_tile(v, n, block, inside, D, DP, BLOCK_SIZE, BLOCK_N, MASKED, DESCRIPTORS)
-    return m_next, total, tl.dot(weights, v_tile, acc * a, input_precision="ieee")
+    return m_next, total, tl.dot(weights.to(q.dtype), v_tile, acc * a, input_precision="ieee")
 
 
 @triton.jit
@@ -101,7 +109,7 @@ def _store_state(partial, split, m, total, acc, D: tl.constexpr):
     partial_ptr, partial_m_ptr, partial_total_ptr, first_split, short_rows, row, d, valid, mask = partial
     offset = (split - first_split) * short_rows + row
     tl.store(partial_m_ptr + offset, m, mask=valid)
-    tl.store(partial_total_ptr + offset, tl.max(total, axis=1), mask=valid)
+    tl.store(partial_total_ptr + offset, tl.max(row_sums(total), axis=1), mask=valid)
     tl.store(partial_ptr + offset[:, None] * D + d[None, :], acc, mask=mask)
 
 
@@ -118,9 +126,9 @@ def _walk(
     A split begins from a fresh state and is merged where it ends or, with PARTIALS, stored. Masks are left out between
     ``full_start`` and ``full_stop``, where every row sees every key, unless ALL_MASKED.
     """
-    m, total, acc = empty(BLOCK_M, SUM_COLUMNS, DP)
+    m, total, acc = empty(BLOCK_M, min(BLOCK_N // 2, CLASSES), DP)
     if not PARTIALS:
-        m_fold, total_fold, acc_fold = empty(BLOCK_M, SUM_COLUMNS, DP)
+        m_fold, total_fold, acc_fold = empty(BLOCK_M, 1, DP)
     for part in tl.static_range(2 if ALL_MASKED else 0, 3):
         # Masked tiles at the lower end, full ones, masked ones at the upper end.
         if part == 0:
@@ -139,14 +147,14 @@ def _walk(
                     if PARTIALS:
                         _store_state(partial, n // SPLIT, m, total, acc, D)
                     else:
-                        m_fold, total_fold, acc_fold = merge(m_fold, total_fold, acc_fold, m, total, acc)
+                        m_fold, total_fold, acc_fold = merge(m_fold, total_fold, acc_fold, m, row_sums(total), acc)
                     # The next tile scales what is left by exp2(-inf), and so begins from zeros.
                     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if PARTIALS:
         if tl.cdiv(stop, BLOCK_N) * BLOCK_N % SPLIT != 0:
             _store_state(partial, stop // SPLIT, m, total, acc, D)
     else:
-        m, total, acc = merge(m_fold, total_fold, acc_fold, m, total, acc)
+        m, total, acc = merge(m_fold, total_fold, acc_fold, m, row_sums(total), acc)
     return m, total, acc
 
 

@@ -3,6 +3,7 @@
 
 import functools
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -39,6 +40,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 # Of the sum of magnitudes: a weight's rounding above and below the fraction, and the result's.
 TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 LENGTH = 3 * DEFAULT_FOLD.split + 37
+# By how much scores rise from each key tile to the next, in units of log 2: the reference of weights is raised at none,
+# after some, at each; or falls behind.
+RISES = (0.5, 4.0, 9.0, 30.0, -9.0)
 
 
 @triton.jit
@@ -105,6 +109,15 @@ class Case:
         generator = torch.Generator("cuda").manual_seed(seed)
         make = cancelling_tokens if cancelling else random_tokens
         return make(length, self.heads, self.kv_heads, self.head_dim, self.dtype, generator)
+
+    def rising_tokens(self, length: int, rise: float) -> Tokens:
+        """Random ones, and scores that rise with the position, by more for later query heads of a KV head."""
+        tokens = self.tokens(length)
+        q, k = tokens.q.clone(), tokens.k.clone()
+        q[..., 0] = torch.linspace(4, 8, self.heads, device="cuda").to(self.dtype)
+        each = rise / self.fold.key_tile * math.log(2) * self.head_dim**0.5 / 8
+        k[..., 0] = (torch.arange(length, device="cuda") * each).to(self.dtype).unsqueeze(1)
+        return replace(tokens, q=q, k=k)
 
     def attend(self, pieces: Sequence[Piece], plan: AttentionPlan | None = None, **options: Any) -> torch.Tensor:
         """The rows of all pieces."""
@@ -177,12 +190,13 @@ def prefilled(case: Case, cancelling: bool) -> tuple[Tokens, torch.Tensor]:
     return tokens, case.attend([whole(tokens)])
 
 
-def differing(case: Case, schedules: dict[str, list[Piece]], plan: AttentionPlan | None, **options: Any) -> list[str]:
-    """The schedules in which a row of the first piece's sequence has other bytes than when prefilled alone."""
+def differing(
+    case: Case, expected: torch.Tensor, schedules: dict[str, list[Piece]], plan: AttentionPlan | None, **options: Any
+) -> list[str]:
+    """The schedules in which a row of the first piece's sequence has other bytes than ``expected``."""
     found = []
     for name, pieces in schedules.items():
         tokens = pieces[0].tokens
-        expected = next(rows for t, rows in (prefilled(case, True), prefilled(case, False)) if t is tokens)
         rows = case.attend(pieces, plan, **options).split([len(piece) for piece in pieces])
         for piece, own in zip(pieces, rows, strict=True):
             if piece.tokens is tokens and not same(own, expected[piece.start : piece.stop]):
@@ -217,15 +231,28 @@ def schedules(case: Case, tokens: Tokens, longest: int = LENGTH) -> dict[str, li
     return {name: pieces for name, pieces in found.items() if max(map(len, pieces)) <= longest}
 
 
+def assert_rows_keep_their_bytes(case: Case, tokens: Tokens, expected: torch.Tensor) -> None:
+    """By every plan and schedule."""
+    assert bool(expected.isfinite().all()), "an unused slot was read"
+    for name, plan in {"by load": None, **case.plans()}.items():
+        only_short = plan is not None and plan.long is None
+        longest = plan.short_rows * case.kv_heads // case.heads if only_short else LENGTH
+        assert differing(case, expected, schedules(case, tokens, longest), plan) == [], name
+
+
 @each_case
 def test_rows_keep_their_bytes(case: Case) -> None:
     for cancelling in (True, False):
-        tokens, expected = prefilled(case, cancelling)
-        assert bool(expected.isfinite().all()), "an unused slot was read"
-        for name, plan in {"by load": None, **case.plans()}.items():
-            only_short = plan is not None and plan.long is None
-            longest = plan.short_rows * case.kv_heads // case.heads if only_short else LENGTH
-            assert differing(case, schedules(case, tokens, longest), plan) == [], name
+        assert_rows_keep_their_bytes(case, *prefilled(case, cancelling))
+
+
+@pytest.mark.parametrize("rise", RISES)
+@pytest.mark.parametrize("case", [*(Case(dtype) for dtype in DTYPES), Case(torch.bfloat16, 4, 4, 64)], ids=str)
+def test_a_reference_that_is_raised_seldom_or_often(case: Case, rise: float) -> None:
+    tokens = case.rising_tokens(LENGTH, rise)
+    out = case.attend([whole(tokens)])
+    assert_rows_keep_their_bytes(case, tokens, out)
+    assert_close_to_float64(case, tokens, out)
 
 
 @pytest.mark.parametrize("heads", [(8, 2, 128), (6, 2, 128), (6, 1, 128), (4, 2, 128), (8, 2, 64), (4, 2, 256)])
@@ -247,7 +274,10 @@ def test_chunks_behind_decodes(heads: tuple[int, int, int]) -> None:
 
 @each_case
 def test_close_to_float64(case: Case) -> None:
-    tokens, out = prefilled(case, False)
+    assert_close_to_float64(case, *prefilled(case, False))
+
+
+def assert_close_to_float64(case: Case, tokens: Tokens, out: torch.Tensor) -> None:
     options = case.options()
     mods = {}
     if case.feature == "score_mod":
@@ -266,12 +296,12 @@ def test_close_to_float64(case: Case) -> None:
 def test_faults_are_seen(dtype: torch.dtype) -> None:
     """Splits whose size follows the number of requests, and splits merged in another order than they lie."""
     case = Case(dtype)
-    tokens, _ = prefilled(case, True)
+    tokens, expected = prefilled(case, True)
     asked = {name: pieces for name, pieces in schedules(case, tokens).items() if name.startswith("decode")}
-    assert differing(case, asked, None) == []
+    assert differing(case, expected, asked, None) == []
     for factor in (2, 0.5):
         by_batch = replace(case.fold, split=int(case.fold.split * factor))
-        assert differing(case, asked, None, fold=by_batch) == list(asked)
+        assert differing(case, expected, asked, None, fold=by_batch) == list(asked)
     real = attention_module.fold_kernel
 
     class Reversed:
@@ -287,7 +317,7 @@ def test_faults_are_seen(dtype: torch.dtype) -> None:
     try:
         # One row's rounding may hide the order; these see all the splits, so that each state is there to be reversed.
         last = [Piece(tokens, end - 1, end) for end in range(LENGTH - 30, LENGTH + 1)]
-        assert differing(case, {"last rows": last}, None) == ["last rows"]
+        assert differing(case, expected, {"last rows": last}, None) == ["last rows"]
     finally:
         attention_module.fold_kernel = real
 

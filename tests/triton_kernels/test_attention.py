@@ -260,6 +260,49 @@ def test_fault_of_splits_aligned_to_the_chunk_is_seen(hidden: int) -> None:
         assert_same_bytes(_behind(tokens, hidden), _attend([whole(tokens)])[0][-1:], "aligned to the chunk")
 
 
+# Of a split, so that the reference has tiles to be raised in.
+EIGHT_TILES = AttentionFold(split=128, key_tile=16)
+# By how much, in units of log 2, scores rise from each tile to the next: never enough to raise the reference, after a
+# few tiles, at each tile; fall; and beyond what any weight can hold.
+RISES = (0.0, 0.5, 3.0, 7.9, 8.1, 20.0, -3.0, 500.0, -500.0)
+
+
+def _rising(rise: float, dtype: torch.dtype = torch.float32, heads: int = HEADS) -> Tokens:
+    """Scores that rise with the position, by more for later query heads, beside what they are at random."""
+    tokens = _tokens(150, 0, dtype, heads=heads)
+    q, k = tokens.q.clone(), tokens.k.clone()
+    q[..., 0] = torch.linspace(0.5, 1.0, heads)
+    k[..., 0] = (torch.arange(len(k)) * (rise / EIGHT_TILES.key_tile * math.log(2) / SCALE)).unsqueeze(1)
+    return replace(tokens, q=q, k=k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rise", RISES)
+def test_a_reference_that_is_raised_seldom_or_often(rise: float, dtype: torch.dtype) -> None:
+    tokens = _rising(rise, dtype)
+    (prefill,) = _attend([whole(tokens)], fold=EIGHT_TILES)
+    assert_close(prefill, attention_oracle(tokens, scale=SCALE))
+    pieces = [Piece(tokens, 149, 150), Piece(tokens, 139, 144), Piece(tokens, 40, 51)]
+    _assert_rows(pieces, {id(tokens): prefill}, f"{rise}", plan="short, three programs", fold=EIGHT_TILES)
+
+
+@triton.jit
+def _raised_together(m, largest):
+    return tl.where(tl.max(tl.where(m == largest, 0.0, largest - m), axis=0) > 8.0, tl.maximum(m, largest), m)
+
+
+def test_fault_of_a_reference_raised_for_other_rows_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one tile whose references are raised together, as a warp's vote on more than time would raise them."""
+    tokens = _rising(4.0)
+    piece = [Piece(tokens, 149, 150)]
+    expected = {id(tokens): _attend([whole(tokens)], fold=EIGHT_TILES)[0]}
+    _assert_rows(piece, expected, "each by itself", plan="short, three programs", fold=EIGHT_TILES)
+    monkeypatch.setattr(attention_kernel, "raised", InterpretedFunction(_raised_together.fn))
+    expected = {id(tokens): _attend([whole(tokens)], fold=EIGHT_TILES)[0]}
+    with pytest.raises(AssertionError, match="elements differ"):
+        _assert_rows(piece, expected, "together", plan="short, three programs", fold=EIGHT_TILES)
+
+
 def test_fault_of_splits_that_follow_the_batch_is_seen() -> None:
     tokens, other = _tokens(100, 0), _tokens(40, 1)
     expected = {id(t): _attend([whole(t)])[0] for t in (tokens, other)}

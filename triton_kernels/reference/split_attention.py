@@ -10,7 +10,10 @@ import torch
 
 from ..attention_plan import DEFAULT_FOLD, AttentionFold
 
-# The largest score in units of log 2, the sum of weights, the weighted sum of values: [heads, T], the last with [D].
+# A tile's maximum this far above the reference takes its place.
+MOST_ABOVE = 8.0
+# The reference of scores in units of log 2, the sum of weights, the weighted sum of values: [heads, T], the last with
+# [D].
 State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -33,8 +36,8 @@ def split_attention(
 ) -> torch.Tensor:
     """Shapes, dtypes and meaning as in ``attention``; ``score_mod`` and ``mask_mod`` are functions of tensors.
 
-    Products and sums in fp32; weights are rounded to ``q.dtype`` before they are summed and multiplied by values. A
-    library multiplies here, so the bytes are its own: this states the fold, the kernels keep it.
+    Products and sums in fp32; weights are rounded to ``q.dtype`` before they are multiplied by values. A library
+    multiplies and sums here, so the bytes are its own: this states the fold, the kernels keep it.
 
     Returns:
         ``[T, query heads, D]`` in ``q.dtype``.
@@ -76,17 +79,18 @@ def split_attention(
 
 def split_partial(scores: torch.Tensor, v: torch.Tensor, key_tile: int, dtype: torch.dtype) -> State:
     """The state over one split: a running softmax over its key tiles, from an empty state."""
-    maximum, total, weighted = _empty(scores, v)
+    reference, total, weighted = _empty(scores, v)
     for start in range(0, scores.shape[-1], key_tile):
         tile = scores[..., start : start + key_tile]
-        new = torch.maximum(maximum, tile.amax(-1))
+        largest = tile.amax(-1)
+        new = torch.where(largest > reference + MOST_ABOVE, largest, reference)
         shift = _finite(new)
-        weights = (tile - shift.unsqueeze(-1)).exp2().to(dtype).float()
-        rescale = (maximum - shift).exp2()
+        weights = (tile - shift.unsqueeze(-1)).exp2()
+        rescale = (reference - shift).exp2()
         total = total * rescale + weights.sum(-1)
-        weighted = weighted * rescale.unsqueeze(-1) + weights @ v[:, start : start + key_tile]
-        maximum = new
-    return maximum, total, weighted
+        weighted = weighted * rescale.unsqueeze(-1) + weights.to(dtype).float() @ v[:, start : start + key_tile]
+        reference = new
+    return reference, total, weighted
 
 
 def merge(first: State, second: State) -> State:
