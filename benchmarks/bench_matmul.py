@@ -12,7 +12,7 @@ library's largest product, both of this run.
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from gpu_timing import (
     product_flops_per_second,
     rotated_weights,
 )
-from matmul_shapes import M_VALUES, shapes
+from matmul_shapes import M_VALUES, Shape, add_selection, arguments, selected, shapes
 from vllm_deterministic.triton_kernels import matmul as matmul_module
 from vllm_deterministic.triton_kernels.cublaslt import cublaslt
 from vllm_deterministic.triton_kernels.launch import capability
@@ -58,15 +58,16 @@ def serial(product: Product) -> Product:
     return call
 
 
-def compile_part(part: int, parts: int) -> None:
+def compile_part(only: Sequence[Shape], rows: Sequence[int], part: int, parts: int) -> None:
     """Compile a part of the kernels that are measured."""
     matmul_module.matmul_kernel = Warmup(matmul_module.matmul_kernel)
     device = torch.device("cuda", torch.cuda.current_device())
     library = cublaslt(device)
     wanted: dict[Any, tuple[Product, int, int, int]] = {}
-    for (n, k), layer in shapes().items():
+    for n, k in selected(only):
+        layer = shapes()[n, k]
         plan = tile_plan(torch.bfloat16, capability(device), n, k, library)
-        for m in M_VALUES:
+        for m in rows:
             if plan.algorithm(m):
                 continue
             wanted.setdefault((plan.tile(m), plan.segments, False), (matmul_module.matmul, m, n, k))
@@ -99,13 +100,16 @@ def measure(products: dict[str, Product], m: int, weights: list[torch.Tensor]) -
     return times | {"library_again_us": timed(lambda x, w: torch.mm(x, w.t()))}
 
 
-def points(with_vllm: bool, bytes_per_second: float, flops_per_second: float) -> list[dict[str, Any]]:
-    """A record for each shape and number of rows."""
+def points(
+    only: Sequence[Shape], rows: Sequence[int], with_vllm: bool, bytes_per_second: float, flops_per_second: float
+) -> list[dict[str, Any]]:
+    """A record for each of the shapes (all if there are none) and numbers of rows."""
     theirs = vllm_product() if with_vllm else None
     records: list[dict[str, Any]] = []
-    for (n, k), layer in shapes().items():
+    for n, k in selected(only):
+        layer = shapes()[n, k]
         weights = rotated_weights(n, k, torch.bfloat16)
-        for m in M_VALUES:
+        for m in rows:
             products: dict[str, Product] = {"ours": matmul_module.matmul}
             if of_model(layer, SERIAL_MODEL) and m in SERIAL_M:
                 products["ours_serial"] = serial(matmul_module.matmul)
@@ -179,16 +183,21 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--vllm", action="store_true", help="also measure vLLM's batch-invariant product")
+    add_selection(parser)
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    rows = args.rows or M_VALUES
     if args.compile:
-        compile_part(*map(int, args.compile.split("/")))
+        compile_part(args.only, rows, *map(int, args.compile.split("/")))
         return
-    in_parts([__file__, "--compile"])
+    in_parts([__file__, *arguments(args), "--compile"])
     bytes_per_second, flops_per_second = copy_bytes_per_second(), product_flops_per_second()
     torch.cuda.empty_cache()
-    records = points(args.vllm, bytes_per_second, flops_per_second)
+    records = points(args.only, rows, args.vllm, bytes_per_second, flops_per_second)
     result = summary(records)
+    if args.only:
+        for record in records:
+            print({key: value for key, value in record.items() if key not in ("floor_us", "share_of_floor")})
     show(result)
     if args.output:
         content = {

@@ -1,26 +1,33 @@
 """Writes the tile table from what ``tune_matmul.py`` measured, and says how good its rule for other shapes is.
 
     python benchmarks/make_tile_table.py tuning/ triton_kernels/tile_tables/sm90.json
+    python benchmarks/make_tile_table.py tuning/ triton_kernels/tile_tables/sm90.json --improve
 
 A few tiles serve all shapes, so that few kernels are compiled and certified: the set grows until every measured
 point is within 4% of its best. For shapes that were not measured the time of a tile is modelled as its waves of
 programs times its columns of K times a cost, the median of what was measured for that tile near that M.
+
+With ``--improve`` the table that is there is kept, and the tiles that were measured take the places of slower ones.
 """
 
 import argparse
+import bisect
 import json
 import math
 import statistics
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from matmul_candidates import TUNED_M
+from matmul_shapes import Shape
 from vllm_deterministic.triton_kernels.tile_table import TileTable
 from vllm_deterministic.triton_kernels.tiles import Tile, segments
 
 # M = 1 and 16 share their tile: fewer rows than the matrix unit takes cost the same.
 STEPS = tuple(m for m in TUNED_M if m > 1)
-Shape = tuple[int, int]
+# A tile takes another's place in a table where it takes less than this share of its time.
+GAIN = 0.99
 Times = dict[Tile, float]
 
 
@@ -82,17 +89,54 @@ def costs(
     return table
 
 
+def improve(content: dict[str, Any], points: dict[int, dict[Shape, Times]]) -> list[str]:
+    """Put the faster of the tiles that were measured into a table: what was changed, a line each."""
+    tiles = [Tile(*fields) for fields in content["tiles"]]
+    changed = []
+    for m, shapes in points.items():
+        if not shapes:
+            continue
+        at = bisect.bisect_left(content["last_m"], m)
+        if content["last_m"][at] != m:
+            # What held for the range up to a larger M holds for both of its parts.
+            content["last_m"].insert(at, m)
+            for rows in (content["costs"], *content["shapes"].values()):
+                rows.insert(at, list(rows[at]) if rows is content["costs"] else rows[at])
+        for (n, k), times in shapes.items():
+            row = content["shapes"][f"{n}x{k}"]
+            before, best = tiles[row[at]], min(times, key=times.__getitem__)
+            if times[best] > GAIN * times[before]:
+                continue
+            if best not in tiles:
+                tiles.append(best)
+                for costs in content["costs"]:
+                    costs.append(None)
+            row[at] = tiles.index(best)
+            changed.append(f"{n}x{k} M <= {m}: {times[before]:.2f} -> {times[best]:.2f} us, {best}")
+    content["tiles"] = [astuple(tile) for tile in tiles]
+    return changed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("table", type=Path)
+    parser.add_argument("--improve", action="store_true", help="keep the table but for the shapes that were measured")
     args = parser.parse_args()
     points = read(args.folder)
+    measured_on = json.loads((args.folder / "environment.json").read_text())
+    if args.improve:
+        content = json.loads(args.table.read_text())
+        print(*improve(content, points), sep="\n")
+        shapes = sorted({f"{n}x{k}" for at_m in points.values() for n, k in at_m})
+        content["improved"] = measured_on | {"shapes": shapes}
+        write_table(content, args.table)
+        return
     tiles = few_tiles(points)
 
     def table(without: Shape | None) -> dict[str, Any]:
         return {
-            "environment": json.loads((args.folder / "environment.json").read_text()),
+            "environment": measured_on,
             "last_m": STEPS,
             "tiles": [list(vars(tile).values()) for tile in tiles],
             "costs": costs(points, tiles, without),
@@ -115,9 +159,14 @@ def main() -> None:
     print(f"{len(tiles)} tiles; a shape that is not in the table, over its best measured tile:")
     for m, values in regrets.items():
         print(f"  M <= {m}: geometric mean {statistics.geometric_mean(values):.3f}, worst {max(values):.2f}")
-    written = json.dumps(table(None)).replace("], [", "],\n[").replace('], "', '],\n"').replace('}, "', '},\n"')
     args.table.parent.mkdir(exist_ok=True)
-    args.table.write_text(written + "\n")
+    write_table(table(None), args.table)
+
+
+def write_table(content: dict[str, Any], path: Path) -> None:
+    """A row of the table a line."""
+    written = json.dumps(content).replace("], [", "],\n[").replace('], "', '],\n"').replace('}, "', '},\n"')
+    path.write_text(written + "\n")
 
 
 if __name__ == "__main__":

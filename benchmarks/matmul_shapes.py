@@ -1,5 +1,9 @@
 """The shapes on which matmul's speed is measured: the linear layers of served models, whole and on eight ranks."""
 
+import argparse
+from collections.abc import Iterable, Sequence
+
+Shape = tuple[int, int]
 M_VALUES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -23,9 +27,9 @@ _MODELS = {
 }
 
 
-def shapes() -> dict[tuple[int, int], str]:
+def shapes() -> dict[Shape, str]:
     """Every distinct ``(N, K)`` with the first layer that has it."""
-    named: dict[tuple[int, int], str] = {}
+    named: dict[Shape, str] = {}
     for name, sizes in _MODELS.items():
         for ranks in (1, 8):
             for layer, shape in _layers(*sizes, ranks).items():
@@ -34,3 +38,25 @@ def shapes() -> dict[tuple[int, int], str]:
         named.setdefault(shape, f"Qwen3-1.7B {layer}")
     named.setdefault((151936, 2048), "Qwen3-1.7B lm_head")
     return named
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """The options by which some shapes and numbers of rows are chosen."""
+    parser.add_argument("--only", type=_shape, nargs="+", default=[], metavar="N,K", help="these shapes; all if absent")
+    parser.add_argument("--rows", type=int, nargs="+", default=[], metavar="M", help="these numbers; all if absent")
+
+
+def arguments(args: argparse.Namespace) -> list[str]:
+    """The selection as a command line."""
+    only, rows = [f"{n},{k}" for n, k in args.only], [str(m) for m in args.rows]
+    return [*(["--only", *only] if only else []), *(["--rows", *rows] if rows else [])]
+
+
+def selected(only: Sequence[Shape]) -> Iterable[Shape]:
+    """The chosen shapes, or all."""
+    return only or shapes()
+
+
+def _shape(text: str) -> Shape:
+    n, k = map(int, text.split(","))
+    return n, k

@@ -39,7 +39,7 @@ def matmul(
         w: ``[N, K]`` as vLLM keeps weights, any strides; contiguous along K or N is fastest. Same dtype as x.
         bias: ``[N]`` or None.
         plan: the tiles of this shape; None takes the table's.
-        tile: None takes it from the plan by the number of rows.
+        tile: None takes it from the plan by the number of rows. Given without a plan it takes all rows.
         segments: None takes the plan's. Another number is another bit class.
         out: ``[M, N]`` to write to, contiguous along N; only for x of two dimensions.
 
@@ -64,22 +64,15 @@ def matmul(
         segments = plan.segments if plan else tiles.segments(n, k)
     if segments < 1:
         raise ValueError(f"segments is {segments}; K is cut into at least 1 part")
-    if out.numel():
-        if tile is None:
-            plan = plan or _plan(x.dtype, x.device, n, k)
-            tile = plan.algorithm(m)
-            if tile is None or not _allows_library(rows, w, bias, out, segments):
-                tile = plan.tile(m)
-        elif isinstance(tile, Algorithm) and not _allows_library(rows, w, bias, out, segments):
-            raise ValueError(
-                f"{tile} of cuBLASLt cannot multiply x {tuple(x.shape)} and w {tuple(w.shape)} in {segments} segments: "
-                "it takes bf16 and fp16 on CUDA without a bias, rows contiguous and aligned to 16 bytes, segments of "
-                "one length; give a Tile"
-            )
-        if isinstance(tile, Algorithm):
-            _call_library(rows, w, out, tile, segments)
-        else:
-            _launch(rows[None], w[None], bias, out[None], tile, segments)
+    if tile is None:
+        plan = plan or _plan(x.dtype, x.device, n, k)
+    elif isinstance(tile, Algorithm) and out.numel() and not _allows_library(rows, w, bias, out, segments):
+        raise ValueError(
+            f"{tile} of cuBLASLt cannot multiply x {tuple(x.shape)} and w {tuple(w.shape)} in {segments} segments: "
+            "it takes bf16 and fp16 on CUDA without a bias, rows contiguous and aligned to 16 bytes, segments of "
+            "one length; give a Tile"
+        )
+    _multiply(rows, w, bias, out, plan, tile, segments)
     return out.view(*x.shape[:-1], n)
 
 
@@ -135,6 +128,35 @@ def _check(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, names: t
     check_device(names[0], x)
 
 
+def _multiply(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    plan: TilePlan | None,
+    tile: Tile | Algorithm | None,
+    segments: int,
+) -> None:
+    """``out = x @ w.T + bias`` at the tile, or else at the plan's."""
+    m, n = out.shape
+    if not out.numel():
+        return
+    if tile is None:
+        assert plan is not None
+        tile = plan.algorithm(m)
+        if tile is None or not _allows_library(x, w, bias, out, segments):
+            tile = plan.tile(m)
+    if isinstance(tile, Algorithm):
+        _call_library(x, w, out, tile, segments)
+        return
+    first = tile.whole_wave_rows(m, n, _multiprocessors(x.device)) if plan else m
+    if first == m:
+        _launch(x[None], w[None], bias, out[None], tile, segments)
+    else:
+        _launch(x[None, :first], w[None], bias, out[None, :first], tile, segments)
+        _multiply(x[first:], w, bias, out[first:], plan, None, segments)
+
+
 def _launch(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, tile: Tile, segments: int
 ) -> None:
@@ -168,7 +190,7 @@ def _launch(
         x.stride(1) if m > 1 else k, w.stride(1), w.stride(2), n if split else out.stride(1),
         *((x.stride(0), w.stride(0), out.stride(0)) if batch > 1 else (0, 0, 0)),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SIDE_N=tile.side_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-        SEGMENTS=segments, SWAPPED=tile.swapped, PERSISTENT=tile.persistent, SPLIT=split,
+        SEGMENTS=segments, SWAPPED=tile.swapped, PERSISTENT=tile.persistent, FLATTEN=tile.flatten, SPLIT=split,
         BATCHED=batch > 1, TMA=tma, TMA_STORE=tma_store, K_MAJOR=k_major,
         HAS_BIAS=bias is not None and not split,
         PREFETCH_K=tile.prefetch_k if k_major and tile.prefetch_k <= k else 0, PDL=pdl,
@@ -192,10 +214,11 @@ def _call_library(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, algorithm
 
 def _fold(partial: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     segments, m, n = partial.shape
-    block, pdl = 1024, programmatic_launch(partial)
-    fold_kernel[(m, triton.cdiv(n, block))](
+    rows, columns = 8 if m >= 512 else 4, 256
+    pdl = programmatic_launch(partial)
+    fold_kernel[(triton.cdiv(m, rows), triton.cdiv(n, columns))](
         partial, bias, out, m, n, out.stride(0),
-        SEGMENTS=segments, BLOCK=block, HAS_BIAS=bias is not None, PDL=pdl, launch_pdl=pdl,
+        SEGMENTS=segments, ROWS=rows, COLUMNS=columns, HAS_BIAS=bias is not None, PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -34,6 +34,9 @@ class Tile:
         side_n: further columns of N in a second product, for tiles whose width is no power of two; 0 for none.
         prefetch_k: columns of its weights that a program asks into the cache while the kernel ahead of it still runs.
         group_m: tiles of M that go through N together.
+        flatten: a program's loads run ahead from each segment and tile to its next, so that none starts with a wait.
+        whole_waves: rows past the last whole wave of persistent programs, where they are half a wave or less, are a
+            product of their own, at the tile that the plan has for as many.
     """
 
     block_m: int
@@ -49,6 +52,20 @@ class Tile:
     side_n: int = 0
     prefetch_k: int = 0
     group_m: int = 8
+    flatten: bool = False
+    whole_waves: bool = False
+
+    def whole_wave_rows(self, m: int, n: int, programs: int) -> int:
+        """The rows that come first where the others are a product of their own; ``m`` where there are none.
+
+        Args:
+            m, n: rows and columns of the result.
+            programs: as many as run at once.
+        """
+        across = -(-n // (self.block_n + self.side_n))
+        waves, left = divmod(-(-m // self.block_m) * across, programs)
+        first = waves * programs // across * self.block_m
+        return first if self.whole_waves and first and 0 < 2 * left <= programs else m
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,20 @@ BATCHED_CASES = [
     for batch, m, n, k in ((5, 33, 100, 257), (2, 130, 256, 64), (3, 5, 200, 4096))
     for w_layout in ("contiguous", "transposed")
 ]
+# Ways of a tile that the table has for few shapes, or none: loads that run ahead, and totals that fill the registers.
+FLAT = tiles.Tile(128, 128, 64, warps=8, stages=5, persistent=True, flatten=True)
+WAYS = {
+    "flattened": FLAT,
+    "flattened, stored by descriptor": replace(FLAT, block_n=256, stages=3, tma_store=True),
+    "flattened, few rows": tiles.Tile(64, 128, 128, warps=4, stages=4, persistent=True, flatten=True),
+    "flattened, tall": replace(FLAT, block_m=256, stages=3),
+    "flattened, swapped": replace(FLAT, block_n=256, stages=3, swapped=True),
+    "tall": tiles.Tile(256, 128, 64, warps=8, stages=4),
+    "two products": tiles.Tile(128, 128, 64, warps=8, stages=4, side_n=64),
+    "two products, four warps": tiles.Tile(64, 128, 64, warps=4, stages=5, side_n=64),
+    "two products, persistent": tiles.Tile(128, 128, 64, warps=8, stages=4, side_n=64, persistent=True),
+}
+WAY_SHAPES, WAY_SIZES = ((1280, 5120), (3000, 1048)), (1, 127, 129, 1000, 4000)
 BIAS_SIZES = (1, 129, 4096)
 BLOCK_SIZES, HIDDEN, INNER = (1, 17, 300), 2048, 6144
 FP32_SHAPES, FP32_SIZES = ((130, 257), (256, 512), (64, 4096)), (1, 2, 16, 17, 64, 65, 300)
@@ -142,6 +156,9 @@ def all_cases(device: torch.device) -> list[Case]:
     cases = [Case(dtype, *shape, m) for dtype in DTYPES for shape in SHAPES for m in SIZES]
     cases += [Case(dtype, *shape, 1024, tile=tiles.class_reference(dtype)) for dtype in DTYPES for shape in SHAPES]
     cases += [Case(dtype, *shape, m, bias=True) for dtype in DTYPES for shape in BIAS_SHAPES for m in BIAS_SIZES]
+    cases += [
+        Case(dtype, *shape, 4000, tile=tile) for dtype in DTYPES for shape in WAY_SHAPES for tile in WAYS.values()
+    ]
     cases += [*LAYOUT_CASES, *MARGIN_CASES, *BATCHED_CASES, *(replace(case, batch=None) for case in BATCHED_CASES)]
     cases += [Case(torch.bfloat16, n, k, m) for m in BLOCK_SIZES for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER))]
     cases += [Case(torch.bfloat16, *WIDE, m, segments=2) for m in (1, 2, 15, 16)]
@@ -231,6 +248,28 @@ def test_rows_keep_their_bytes(shape: tuple[int, int], dtype: torch.dtype, road:
     assert float((expected != 0).float().mean()) > 0.25, "the order of additions does not show"
     plan = planned(*shape, dtype, road, device)
     assert differing(lambda x, w: matmul(x, w, plan=plan), x, w, expected) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", WAY_SHAPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_a_tile_is_in_class(
+    way: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    x, w, expected = inputs(dtype, *shape)
+    for m in WAY_SIZES:
+        assert same(matmul(x[-m:], w, tile=WAYS[way]), expected[-m:]), f"{m} rows"
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_whole_waves_leave_the_last_rows_to_the_plan(road: str, device: torch.device) -> None:
+    """At 132 programs a wave is 1664 rows; 2048 and 4000 rows leave less than half of one, 3000 more."""
+    n, k = WAY_SHAPES[0]
+    x, w, expected = inputs(torch.bfloat16, n, k)
+    tile = replace(FLAT, whole_waves=True)
+    plan = planned(n, k, x.dtype, road, device)
+    for m in (1000, 2048, 3000, 4000):
+        assert same(matmul(x[:m], w, plan=plan, tile=tile), expected[:m]), f"{m} rows"
 
 
 def test_planted_fault_is_seen(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from vllm_deterministic.triton_kernels import matmul as matmul_module
 from vllm_deterministic.triton_kernels import tiles
 from vllm_deterministic.triton_kernels.cancelling_inputs import alternating_signs, normal
 from vllm_deterministic.triton_kernels.matmul import batched_matmul, matmul
-from vllm_deterministic.triton_kernels.tiles import Tile
+from vllm_deterministic.triton_kernels.tiles import Tile, TilePlan
 
 from . import oracles
 from .interpreter import INTERPRETED, ROUNDED, interpreting
@@ -34,10 +34,12 @@ WAYS = {
     "swapped, by descriptor": (replace(PLAIN, swapped=True, tma=True), 1),
     "persistent": (replace(PLAIN, persistent=True, tma=True, group_m=2), 1),
     "persistent, swapped": (replace(PLAIN, persistent=True, swapped=True), 1),
+    "flattened": (replace(PLAIN, persistent=True, flatten=True, tma=True), 1),
     "two products": (replace(PLAIN, side_n=16, tma=True, tma_store=True), 1),
     "two products, swapped": (replace(PLAIN, side_n=16, swapped=True, persistent=True), 1),
     "walked segments": (replace(PLAIN, tma=True), 3),
     "walked segments, two products": (replace(PLAIN, side_n=16, persistent=True), 2),
+    "walked segments, flattened": (replace(PLAIN, persistent=True, flatten=True), 3),
     "split segments": (replace(PLAIN, split=True, tma=True, tma_store=True), 3),
     "split segments, persistent": (replace(PLAIN, split=True, persistent=True, swapped=True), 2),
 }
@@ -133,6 +135,42 @@ def test_nothing_is_written_but_the_output(way: str) -> None:
         assert_same_bytes(inside, expected, "out")
         inside.fill_(77.0)
         assert bool((buffer == 77).all())
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_whole_waves_leave_the_last_rows_to_the_plan(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With four programs at once and two tiles across N, a wave is two tiles of M."""
+    n, k, segments = 50, 700, 2
+    waves = replace(PLAIN, persistent=True, flatten=True, whole_waves=True)
+    rest = replace(PLAIN, block_m=32, split=True, tma=True)
+    plan = TilePlan(n, k, segments, ((8, rest), (1 << 30, waves)))
+    x, w = alternating_signs(70, n, k, dtype, torch.Generator().manual_seed(0))
+    bias = torch.linspace(-1, 1, n).to(dtype)
+    expected = matmul(x, w, bias, tile=PLAIN, segments=segments)
+    launched: list[tuple[int, Tile]] = []
+    launch = matmul_module._launch
+    monkeypatch.setattr(
+        matmul_module,
+        "_launch",
+        lambda x, w, b, out, tile, s: (launched.append((x.shape[1], tile)), launch(x, w, b, out, tile, s)),
+    )
+    for m, parts in {
+        8: [(8, rest)],
+        30: [(30, waves)],  # one wave
+        33: [(32, waves), (1, rest)],
+        48: [(32, waves), (16, waves)],
+        49: [(49, waves)],  # more than half of the last wave
+        70: [(64, waves), (6, rest)],
+    }.items():
+        launched.clear()
+        assert_same_bytes(matmul(x[:m], w, bias, plan=plan), expected[:m], f"{m} rows")
+        assert launched == parts, f"{m} rows"
+        launched.clear()
+        assert_same_bytes(matmul(x[:m], w, bias, plan=plan, tile=waves), expected[:m], f"{m} rows")
+        assert launched[-1:] == parts[-1:] or m == 8
+        launched.clear()
+        assert_same_bytes(matmul(x[:m], w, bias, tile=waves, segments=segments), expected[:m], f"{m} rows")
+        assert launched == [(m, waves)]
 
 
 def test_the_table_chooses_where_no_tile_is_given() -> None:
