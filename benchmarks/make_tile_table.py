@@ -105,14 +105,14 @@ def improve(content: dict[str, Any], points: dict[int, dict[Shape, Times]]) -> l
         for (n, k), times in shapes.items():
             row = content["shapes"][f"{n}x{k}"]
             before, best = tiles[row[at]], min(times, key=times.__getitem__)
-            if times[best] > GAIN * times[before]:
+            if times[best] > GAIN * times.get(before, math.inf):
                 continue
             if best not in tiles:
                 tiles.append(best)
                 for costs in content["costs"]:
                     costs.append(None)
             row[at] = tiles.index(best)
-            changed.append(f"{n}x{k} M <= {m}: {times[before]:.2f} -> {times[best]:.2f} us, {best}")
+            changed.append(f"{n}x{k} M <= {m}: {times.get(before, math.nan):.2f} -> {times[best]:.2f} us, {best}")
     content["tiles"] = [astuple(tile) for tile in tiles]
     return changed
 

@@ -35,7 +35,7 @@ LAST_M = (
     *(2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
 )
 DTYPE = torch.bfloat16
-SUGGESTIONS = 6
+SUGGESTIONS = 12
 COMPARED_ROWS, COMPARED_COLUMNS = 1100, 8192
 # Few rows are multiplied between kernels of ours, which start early after a tile and not after the library.
 LIBRARY_GAIN = {m: 1.02 if m <= 64 else 1.0 for m in LAST_M}
