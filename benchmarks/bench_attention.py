@@ -9,6 +9,7 @@ largest product, both of this run.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -47,6 +48,11 @@ class Load:
     @property
     def kv_bytes(self) -> int:
         return sum(positions for _, positions in self.requests) * self.kv_heads * self.head_dim * 4
+
+    @property
+    def decodes(self) -> int:
+        """How many of the first requests have one query token, as the engine says too."""
+        return sum(1 for _ in itertools.takewhile(lambda request: request[0] == 1, self.requests))
 
     @property
     def flops(self) -> int:
@@ -101,6 +107,7 @@ def ours(
     q, k, v, tables, starts, lengths = arguments
     options = {
         "scale": load.head_dim**-0.5,
+        "decodes": load.decodes,
         "max_query_len": max(tokens for tokens, _ in load.requests),
         "max_seq_len": max(positions for _, positions in load.requests),
         "fold": fold,

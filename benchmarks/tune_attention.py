@@ -26,6 +26,7 @@ from vllm_deterministic.triton_kernels.attention_plan import (
 )
 
 WARPS, STAGES = (1, 2, 4, 8), (3, 5)
+LEAST = (1, 2, 4, 8, 16)
 LONG = [AttentionTile(*tile) for tile in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3), (128, 4, 2))]
 
 
@@ -48,6 +49,7 @@ def plans(load: Load, of: AttentionFold) -> list[AttentionPlan]:
         parts = sorted({1, chosen.parts, *(p for p in (2, 4, 8, 16, 32, 64) if p < most), most})
         for number, warps, stages in itertools.product(parts, WARPS, STAGES):
             found.append(replace(chosen, short=replace(chosen.short, warps=warps, stages=stages), parts=number))
+        found += [replace(chosen, least=least) for least in LEAST]
     if chosen.long:
         # The plan's own goes to the Hopper kernel where it can: these are the Triton kernel's.
         found += [replace(chosen, long=tile, descriptors=on, hopper=None) for tile in LONG for on in (True, False)]
@@ -92,10 +94,8 @@ def main() -> None:
         print(f"{load.name} {load.heads}/{load.kv_heads}: chosen {times[0]:.1f} us", flush=True)
         for time, plan in sorted(zip(times, found, strict=True), key=lambda pair: pair[0])[: args.shown]:
             tile = plan.short if plan.short and not plan.long else plan.long
-            print(
-                f"  {time:8.1f}  parts {plan.parts} {tile} descriptors {plan.descriptors} {plan.hopper or ''}",
-                flush=True,
-            )
+            dealt = f"parts {plan.parts} least {plan.least}"
+            print(f"  {time:8.1f}  {dealt} {tile} descriptors {plan.descriptors} {plan.hopper or ''}", flush=True)
         del arguments
         torch.cuda.empty_cache()
 

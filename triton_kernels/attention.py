@@ -140,13 +140,14 @@ def attention(
         partial: Sequence[Any],
         k: Sequence[Any] = _NO_DESCRIPTOR,
         v: Sequence[Any] = _NO_DESCRIPTOR,
+        beside_long: bool = False,
         **options: bool,
     ) -> None:
         attention_kernel[(programs,)](
             q, k_cache, v_cache, k[0], v[0], block_table, query_start_loc, seq_lens, sinks, alibi_slopes, mod_data,
             out, *partial,
-            requests, decodes, tiles, plan.parts, plan.least, slots, plan.short_rows, max_seq_len,
-            _LOG2E if modified else scale * _LOG2E, scale, softcap or 0.0, window or 0,
+            requests, decodes, int(beside_long), tiles, plan.parts, plan.least, plan.at_once, slots, plan.short_rows,
+            max_seq_len, _LOG2E if modified else scale * _LOG2E, scale, softcap or 0.0, window or 0,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_table.stride(0),
             *k_cache.stride()[:3], *v_cache.stride()[:3], *k[1:], *v[1:],
             BLOCK_SIZE=block_size, BLOCK_M=tile.block_m, BLOCK_N=fold.key_tile, SOFTCAP=softcap is not None,
@@ -154,34 +155,36 @@ def attention(
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **common, **options,
         )  # fmt: skip
 
+    if plan.long:
+        k, v = _descriptor(k_cache, fold.key_tile), _descriptor(v_cache, fold.key_tile)
+        if k and v and plan.hopper and not modified and mask_mod is None and takes(q, fold.key_tile):
+            attention_hopper(
+                q, k, v, block_table, query_start_loc, seq_lens, out, tile=plan.hopper, decodes=decodes,
+                short_rows=plan.short_rows, max_seq_len=max_seq_len, factor=scale * _LOG2E, window=window, sinks=sinks,
+                block_size=block_size, kv_heads=kv_heads, split=fold.split, pdl=pdl,
+            )  # fmt: skip
+        else:
+            tiles = long_tiles(len(q), requests, decodes, group, plan.long.block_m)
+            described = (k, v) if k and v and plan.descriptors else ()
+            launch(plan.long, tiles * kv_heads, tiles, 0, (None, None, None), *described, SHORT=False)
     if plan.short:
         tiles = triton.cdiv(plan.short_rows, plan.short.block_m)
         slots = max_splits(fold, max_seq_len, window, triton.cdiv(plan.short.block_m, group)) if plan.parts > 1 else 0
         states = requests * kv_heads * slots * plan.short_rows
         partial = q.new_empty(states, q.shape[2], dtype=torch.float32), *q.new_empty(2, states, dtype=torch.float32)
-        launch(plan.short, requests * tiles * plan.parts * kv_heads, tiles, slots, partial, SHORT=True)
+        # Long requests come first, and these take the multiprocessors that they leave.
+        beside_long = pdl and plan.long is not None
+        programs = requests * tiles * plan.parts * kv_heads + beside_long
+        launch(plan.short, programs, tiles, slots, partial, SHORT=True, beside_long=beside_long)
         if slots:
             # Where most splits are folded already, few programs look for the rest.
             columns, rows_each = (common["DP"], plan.short_rows) if plan.busy else (32, 1)
             programs = common["DP"] // columns * requests * kv_heads * triton.cdiv(plan.short_rows, rows_each)
             fold_kernel[(programs,)](
-                *partial, query_start_loc, seq_lens, sinks, out, plan.parts, plan.least, slots, plan.short_rows,
-                plan.short.block_m, rows_each, max_seq_len, window or 0, out.stride(0), out.stride(1),
+                *partial, query_start_loc, seq_lens, sinks, out, requests, plan.parts, plan.least, plan.at_once, slots,
+                plan.short_rows, plan.short.block_m, rows_each, max_seq_len, window or 0, out.stride(0), out.stride(1),
                 COLUMNS=columns, AT_ONCE=8 if slots <= 8 or plan.busy else 32, num_warps=1, **common,
             )  # fmt: skip
-    if plan.long is None:
-        return out
-    k, v = _descriptor(k_cache, fold.key_tile), _descriptor(v_cache, fold.key_tile)
-    if k and v and plan.hopper and not modified and mask_mod is None and takes(q, fold.key_tile):
-        attention_hopper(
-            q, k, v, block_table, query_start_loc, seq_lens, out, tile=plan.hopper, decodes=decodes,
-            short_rows=plan.short_rows, max_seq_len=max_seq_len, factor=scale * _LOG2E, window=window, sinks=sinks,
-            block_size=block_size, kv_heads=kv_heads, split=fold.split, pdl=pdl,
-        )  # fmt: skip
-    else:
-        tiles = long_tiles(len(q), requests, decodes, group, plan.long.block_m)
-        described = (k, v) if k and v and plan.descriptors else ()
-        launch(plan.long, tiles * kv_heads, tiles, 0, (None, None, None), *described, SHORT=False)
     return out
 
 

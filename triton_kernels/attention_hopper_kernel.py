@@ -17,10 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_wait
 
 from .attention_fold import LOG2E, column_sums, finite, raised, row_sums, split_range
 from .attention_kernel import request_of
+from .rows import begin
 
 # Rows of a warpgroup, which a consumer is.
 WARPGROUP_ROWS = gl.constexpr(64)
@@ -318,8 +318,7 @@ def attention_hopper_kernel(
     LOAD_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One tile of a request's rows, as the long road of ``attention_kernel`` has it, dealt to ``CONSUMERS``."""
-    if PDL:
-        gdc_wait()
+    begin(PDL)
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
     D: gl.constexpr = k_desc.block_type.shape[1]

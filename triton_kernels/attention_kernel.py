@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention_fold import (
     CLASSES,
@@ -159,8 +160,12 @@ def _walk(
 
 
 @triton.jit
-def splits_of_a_part(count, parts, least):
-    """How many of a row's ``count`` splits a part takes; all of them where no other part has any."""
+def splits_of_a_part(count, tiles, parts, least, at_once):
+    """How many of a row's ``count`` splits a part takes; all of them where no other part has any.
+
+    Fewer than ``least`` where ``tiles`` tiles of as many splits would leave some of ``at_once`` programs without work.
+    """
+    least = tl.minimum(least, tl.cdiv(count * tiles, at_once))
     return tl.minimum(tl.maximum(tl.cdiv(count, parts), least), count)
 
 
@@ -183,14 +188,18 @@ def request_of(tile, query_start_ptr, requests, G: tl.constexpr, BLOCK_M: tl.con
 
 
 # What follows the batch: a kernel compiled anew for it would be a spike of latency.
-_OF_THE_BATCH = ("requests", "decodes", "tiles", "parts", "least", "slots", "short_rows", "max_seq_len", "table_stride")
+_OF_THE_BATCH = (
+    "requests", "decodes", "beside_long", "tiles", "parts", "least", "at_once", "slots", "short_rows", "max_seq_len",
+    "table_stride",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_OF_THE_BATCH, "window"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, slopes_ptr, data_ptr,
     out_ptr, partial_ptr, partial_m_ptr, partial_total_ptr,
-    requests, decodes, tiles, parts, least, slots, short_rows, max_seq_len, factor, scale, softcap, window,
+    requests, decodes, beside_long, tiles, parts, least, at_once, slots, short_rows, max_seq_len,
+    factor, scale, softcap, window,
     q_stride_token, q_stride_head, out_stride_token, out_stride_head, table_stride,
     k_stride_block, k_stride_slot, k_stride_head, v_stride_block, v_stride_slot, v_stride_head,
     k_rows_block, k_rows_head, k_columns_head, v_rows_block, v_rows_head, v_columns_head,
@@ -205,8 +214,21 @@ def attention_kernel(
     SHORT: requests of at most ``short_rows`` rows, ``tiles`` tiles each. A tile's splits are dealt to up to
     ``parts`` programs, at least ``least`` to each: one that takes all of them folds them here, others write a state
     for each split. Not SHORT: requests of more rows, the last of all ``tiles`` tiles first: they see the most keys.
+
+    beside_long: the kernel ahead takes the long requests of the same batch. It is not waited for: it waited itself, in
+    each program, before it let this one begin, and what it writes is not read here. One program more than have work
+    ends when that kernel has, so that what follows this one follows both.
     """
-    begin(PDL)
+    if PDL:
+        if beside_long == 0:
+            gdc_wait()
+        else:
+            # In place of a wait: what the multiprocessor's own cache holds may be older than what was waited for.
+            tl.inline_asm_elementwise("fence.acq_rel.gpu; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        gdc_launch_dependents()
+        if (beside_long != 0) & (tl.program_id(0) == tl.num_programs(0) - 1):
+            gdc_wait()
+            return
     HEADS: tl.constexpr = KV_HEADS * G
     kv_head, number = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     if SHORT:
@@ -247,7 +269,7 @@ def attention_kernel(
     if SHORT:
         # Splits in a row, so that loads run ahead from one to the next.
         count = last_split - first_split
-        each = splits_of_a_part(count, parts, least)
+        each = splits_of_a_part(count, requests * KV_HEADS * tiles, parts, least, at_once)
         start = tl.maximum(start, (first_split + part * each) * SPLIT)
         stop = tl.minimum(stop, (first_split + (part + 1) * each) * SPLIT)
         if start >= stop:
@@ -280,7 +302,8 @@ def attention_kernel(
 @triton.jit(do_not_specialize=[*_OF_THE_BATCH, "block_m", "rows_each", "window"])
 def fold_kernel(
     partial_ptr, partial_m_ptr, partial_total_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, out_ptr,
-    parts, least, slots, short_rows, block_m, rows_each, max_seq_len, window, out_stride_token, out_stride_head,
+    requests, parts, least, at_once, slots, short_rows, block_m, rows_each, max_seq_len, window,
+    out_stride_token, out_stride_head,
     KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -310,7 +333,9 @@ def fold_kernel(
         last_position = context + (tl.minimum(tile_row + block_m, rows) - 1) // G
         _, first_split, last_split = split_range(first_position, last_position, window, SPLIT, WINDOW)
         count = last_split - first_split
-        if splits_of_a_part(count, parts, least) < count:  # else they were folded by the program that took them
+        tiles = requests * KV_HEADS * tl.cdiv(short_rows, block_m)
+        # Else they were folded by the program that took them.
+        if splits_of_a_part(count, tiles, parts, least, at_once) < count:
             m, total, acc = empty(1, 1, COLUMNS)
             offset = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows + row + one
             for slot in range(0, count, AT_ONCE):

@@ -12,6 +12,9 @@ import triton
 MOST_SHORT_ROWS = 64
 # Programs that keep a device busy, where there is as much work; a few tiles' splits go to as many.
 _PROGRAMS = 2048
+# Splits of a program, where as many programs as run at once on a Hopper GPU, two on each multiprocessor, have them: a
+# program's first loads wait for each other.
+_LEAST, _AT_ONCE = 4, 264
 # Above as many tiles, one program takes all splits of most of them.
 BUSY_TILES = 256
 # Above this splits are folded in registers: no states of splits are kept. CUDA graphs hold it for the longest context.
@@ -65,10 +68,11 @@ class AttentionPlan:
     """How a batch is cut into programs.
 
     Requests of up to ``short_rows`` rows (query tokens times query heads of a KV head) take the tile ``short``; each
-    tile's splits are dealt to up to ``parts`` programs, at least ``least`` to each, and merged by a second kernel, or
-    in registers where one program has them all. Requests of more rows take the tile ``long``. None where there are no
-    such requests. ``descriptors``: whether ``long`` loads full key tiles by tensor descriptor where the cache
-    allows it. ``hopper``: what takes the place of ``long`` where ``attention_hopper`` can.
+    tile's splits are dealt to up to ``parts`` programs, at least ``least`` to each, fewer where else less than
+    ``at_once`` programs would have any (if all requests were as long), and merged by a second kernel, or in registers
+    where one program has them all: ``busy`` says of most tiles. Requests of more rows take the tile ``long``. None
+    where there are no such requests. ``descriptors``: whether ``long`` loads full key tiles by tensor descriptor where
+    the cache allows it. ``hopper``: what takes the place of ``long`` where ``attention_hopper`` can.
     """
 
     short: AttentionTile | None
@@ -76,21 +80,18 @@ class AttentionPlan:
     parts: int
     long: AttentionTile | None
     least: int = 1
+    at_once: int = 1
+    busy: bool = False
     descriptors: bool = True
     hopper: HopperTile | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether one program folds all splits of most tiles."""
-        return self.least > 1
 
     def __post_init__(self) -> None:
         if (
             (self.short is None) != (self.short_rows == 0)
-            or min(self.parts, self.least) < 1
+            or min(self.parts, self.least, self.at_once) < 1
             or self.short is self.long is None
         ):
-            raise ValueError(f"{self} takes no request, or short_rows, parts or least does not fit it")
+            raise ValueError(f"{self} takes no request, or short_rows, parts, least or at_once does not fit it")
 
 
 _HOPPER = {64: HopperTile(warpgroups=3, stages=4), 128: HopperTile(warpgroups=2, stages=4)}
@@ -128,10 +129,11 @@ def attention_plan(
     parts = min(max_splits, max(2, triton.cdiv(_PROGRAMS, tiles)), 65535)
     if workspace_bytes(requests, kv_heads, max_splits, short_rows, head_dim) > WORKSPACE_BYTES:
         parts = 1
-    least = triton.cdiv(tiles, 32) if busy else 1
-    if only_short:
-        return AttentionPlan(short, short_rows, parts, None, least)
-    return AttentionPlan(short, short_rows, parts, _long_tile(head_dim), least, hopper=_HOPPER.get(head_dim))
+    least, at_once = (triton.cdiv(tiles, 32), 1) if busy else (_LEAST, _AT_ONCE)
+    if busy and least >= max_splits:
+        parts = 1
+    long, hopper = (None, None) if only_short else (_long_tile(head_dim), _HOPPER.get(head_dim))
+    return AttentionPlan(short, short_rows, parts, long, least, at_once, busy, hopper=hopper)
 
 
 def long_tiles(tokens: int, requests: int, decodes: int, group: int, block_m: int) -> int:

@@ -102,6 +102,7 @@ class Case:
         chosen |= {f"{t} in registers": AttentionPlan(t, 4 * LENGTH, 1, None) for t in tiles}
         chosen |= {f"{t}, split": AttentionPlan(t, 64, 3, AttentionTile(128, 8, 3)) for t in tiles}
         chosen |= {f"{t}, two splits a program": AttentionPlan(t, 64, 3, None, least=2) for t in tiles[:1]}
+        chosen |= {f"{t}, up to three": AttentionPlan(t, 64, 9, None, least=3, at_once=64) for t in tiles[:1]}
         chosen |= {f"{t}, long": AttentionPlan(None, 0, 1, t, descriptors=False) for t in tiles}
         return chosen | {"128 rows": AttentionPlan(None, 0, 1, AttentionTile(128, 4, 2))}
 
@@ -307,7 +308,7 @@ def test_faults_are_seen(dtype: torch.dtype) -> None:
     class Reversed:
         def __getitem__(self, grid: Any) -> Callable[..., Any]:
             def launch(*args: Any, **options: Any) -> None:
-                slots, rows = args[9:11]
+                slots, rows = args[11:13]
                 states = [x.view(-1, slots, rows, *x.shape[1:]).flip(1).flatten(0, 2) for x in args[:3]]
                 real[grid](*states, *args[3:], **options)
 
@@ -370,3 +371,24 @@ def test_calls_in_a_row_do_not_disturb_each_other() -> None:
     for number, out in enumerate(outs):
         end = asked[number % 4]
         assert same(out, expected[end - 1 : end]), f"repeat {number}"
+
+
+def test_batches_of_both_kinds_in_a_row_do_not_disturb_each_other() -> None:
+    """The kernel for decodes begins before the one for long requests ends: neither reads what the next call writes."""
+    case = Case(torch.bfloat16)
+    tokens, expected = prefilled(case, True)
+    batches = []
+    for number in range(4):
+        pieces = [Piece(tokens, LENGTH - 1 - row, LENGTH - row) for row in range(3 + 40 * number)]
+        pieces += [Piece(tokens, 37 * number, LENGTH - number), Piece(tokens, 600, 900)]
+        rows = torch.cat([expected[piece.start : piece.stop] for piece in pieces])
+        batches.append((paged(pieces, case.block_size), len(pieces) - 2, rows))
+    q, k, v = (torch.full_like(max((batch[0][i] for batch in batches), key=len), POISON) for i in range(3))
+    for number in range(100):
+        (q_of, k_of, v_of, *indices), decodes, rows = batches[number % 4]
+        for buffer, x in ((q, q_of), (k, k_of), (v, v_of)):
+            buffer[: len(x)].copy_(x)
+        out = attention(q[: len(q_of)], k, v, *indices, **case.options(), decodes=decodes, max_query_len=LENGTH)
+        for buffer in (q, k, v):
+            buffer.fill_(POISON)
+        assert same(out, rows), f"repeat {number}"

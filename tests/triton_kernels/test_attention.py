@@ -48,6 +48,7 @@ PLANS = {
     "long, by pointers": AttentionPlan(None, 0, 1, LARGE, descriptors=False),
     "short, three programs": AttentionPlan(SMALL, 15, 3, LARGE),
     "short, two splits a program": AttentionPlan(SMALL, 15, 3, LARGE, least=2),
+    "short, up to two splits a program": AttentionPlan(SMALL, 15, 3, LARGE, least=2, at_once=5),
     "short, a program a split": AttentionPlan(LARGE, 6, 100, SMALL),
     "short, in registers": AttentionPlan(SMALL, 100, 1, SMALL),
 }
@@ -324,7 +325,7 @@ def test_fault_of_merging_in_reverse_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     class Reversed:
         def __getitem__(self, grid: Any) -> Any:
             def launch(partial: torch.Tensor, m: torch.Tensor, total: torch.Tensor, *args: Any, **options: Any) -> None:
-                slots, rows = args[6:8]
+                slots, rows = args[8:10]
                 states = (x.view(-1, slots, rows, *x.shape[1:]).flip(1).flatten(0, 2) for x in (partial, m, total))
                 real[grid](*states, *args, **options)
 
