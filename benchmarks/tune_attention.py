@@ -21,6 +21,7 @@ from vllm_deterministic.triton_kernels.attention_plan import (
     AttentionFold,
     AttentionPlan,
     AttentionTile,
+    HopperTile,
     attention_plan,
     workspace_bytes,
 )
@@ -28,6 +29,10 @@ from vllm_deterministic.triton_kernels.attention_plan import (
 WARPS, STAGES = (1, 2, 4, 8), (3, 5)
 LEAST = (1, 2, 4, 8, 16)
 LONG = [AttentionTile(*tile) for tile in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3), (128, 4, 2))]
+
+HOPPER = [
+    HopperTile(2, stages, vote, early) for stages in (3, 4, 6) for vote in (True, False) for early in (False, True)
+]
 
 
 def plans(load: Load, of: AttentionFold) -> list[AttentionPlan]:
@@ -51,7 +56,8 @@ def plans(load: Load, of: AttentionFold) -> list[AttentionPlan]:
             found.append(replace(chosen, short=replace(chosen.short, warps=warps, stages=stages), parts=number))
         found += [replace(chosen, least=least) for least in LEAST]
     if chosen.long:
-        # The plan's own goes to the Hopper kernel where it can: these are the Triton kernel's.
+        found += [replace(chosen, hopper=tile) for tile in HOPPER]
+        # These are the Triton kernel's.
         found += [replace(chosen, long=tile, descriptors=on, hopper=None) for tile in LONG for on in (True, False)]
     return list(dict.fromkeys(found))
 

@@ -49,16 +49,19 @@ def _operands(count):
 
 
 @gluon.jit
-def _load_tiles(keys, values, empty, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE: gl.constexpr):
+def _load_tiles(
+    keys, values, empty, k_desc, v_desc, table_ptr, block, k_at, v_at, start, stop, BLOCK_SIZE: gl.constexpr
+):
     STAGES: gl.constexpr = empty.shape[0]
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     for n in range(start, stop, BLOCK_N):
         number = (n - start) // BLOCK_N
-        block = gl.load(table_ptr + n // BLOCK_SIZE)
+        next_block = gl.load(table_ptr + (n + BLOCK_N) // BLOCK_SIZE, mask=n + BLOCK_N < stop, other=0)
         # The phase before the first one counts as complete: the first round of the ring waits for nobody.
         mbarrier.wait(empty.index(number % STAGES), (number // STAGES + 1) % 2)
         _load_tile(keys, number, k_desc, k_at, block, n % BLOCK_SIZE)
         _load_tile(values, number, v_desc, v_at, block, n % BLOCK_SIZE)
+        block = next_block
 
 
 @gluon.jit
@@ -79,11 +82,11 @@ def _tile_of(ring, number):
 
 
 @gluon.jit
-def _wait_for(ring, number):
-    """Wait until a tile has landed."""
+def _wait_for(ring, number, there=True):
+    """Wait until a tile has landed, if it is ``there``."""
     tiles, full = ring
     STAGES: gl.constexpr = tiles.shape[0]
-    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2)
+    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2, pred=there)
 
 
 @gluon.jit
@@ -95,11 +98,10 @@ def _release(empty, number):
 
 @gluon.jit
 def _products_of_keys(q, keys, number):
-    """The scores of one tile, still under way, as soon as it has landed."""
+    """The scores of one tile, still under way; it must have landed."""
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     nothing = gl.zeros([WARPGROUP_ROWS, BLOCK_N], gl.float32, layout)
-    _wait_for(keys, number)
     return warpgroup_mma(q, _tile_of(keys, number).permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
@@ -180,13 +182,15 @@ def _fold(folded, m, total, acc):
 
 @gluon.jit
 def _tile(
-    state, folded, n, start, q, q_position, keys, values, empty, parameters,
-    SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr,
+    state, folded, n, start, stop, q, q_position, keys, values, empty, parameters,
+    SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr, VOTE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One more key tile, whose weights are left for the next one: their products run under its softmax."""
     m, total, acc, weights = state
     factor, window = parameters
     number = (n - start) // keys[0].shape[1]
+    if not EARLY:
+        _wait_for(keys, number)
     s = _products_of_keys(q, keys, number)
     acc = _products_of_values(weights, acc, values, number - 1)
     s, acc = warpgroup_mma_wait(num_outstanding=1, deps=(s, acc))
@@ -196,13 +200,18 @@ def _tile(
     # The next step needs this tile's values. The wait stands here, and the weights are among what it returns, to keep
     # the compiler from moving the exponentials into that step, between its products (6% slower).
     _wait_for(values, number)
+    if EARLY:
+        _wait_for(keys, number + 1, n + keys[0].shape[1] < stop)
     weights, sums, acc = warpgroup_mma_wait(num_outstanding=0, deps=(weights, sums, acc))
     _release(empty, number - 1)
     if begins:
         # The split before ends here; what is left of it is then scaled by exp2(-inf).
         folded = _fold(folded, m, total, acc)
     total = gl.fma(total, _column(a, total), sums)
-    acc = _scaled(acc, a)
+    if VOTE:
+        acc = _scaled(acc, a)
+    else:
+        acc *= _column(a, acc)
     return (m_next, total, acc, weights), folded
 
 
@@ -245,10 +254,13 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     acc = gl.zeros([ROWS, D], gl.float32, acc_layout)
     folded = m, gl.zeros_like(m), acc
+    _wait_for(keys, 0)
     s = _products_of_keys(q, keys, 0)
     s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
     m, weights, total, _ = _softmax(s, m, start, q_position, factor, window, q.dtype, WINDOW, True)
     _wait_for(values, 0)
+    if WAY[5]:
+        _wait_for(keys, 1, start + BLOCK_N < stop)
     begin = start + BLOCK_N
     state = m, total, acc, weights
     for part in gl.static_range(0 if WINDOW else 1, 3):
@@ -261,8 +273,8 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
             begin_part, end_part = gl.maximum(gl.maximum(full_start, full_stop), begin), stop
         for n in range(begin_part, end_part, BLOCK_N):
             state, folded = _tile(
-                state, folded, n, start, q, q_position, keys, values, empty, (factor, window), SPLIT, WINDOW,
-                part != 1,
+                state, folded, n, start, stop, q, q_position, keys, values, empty, (factor, window), SPLIT, WINDOW,
+                part != 1, WAY[4], WAY[5],
             )  # fmt: skip
     m, total, acc, weights = state
     last = (stop - 1 - start) // BLOCK_N
@@ -315,7 +327,7 @@ def attention_hopper_kernel(
     k_rows_block, k_rows_head, k_columns_head, v_rows_block, v_rows_head, v_columns_head,
     KV_HEADS: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    VOTE: gl.constexpr, EARLY: gl.constexpr, LOAD_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One tile of a request's rows, as the long road of ``attention_kernel`` has it, dealt to ``CONSUMERS``."""
     begin(PDL)
@@ -339,6 +351,8 @@ def attention_hopper_kernel(
     start = first // BLOCK_N * BLOCK_N
     # Every consumer takes at least one tile, though a request longer than was promised may leave it none to see.
     stop = gl.maximum(last_position, start) + 1
+    table_ptr += request.to(gl.int64) * table_stride
+    block = gl.load(table_ptr + start // BLOCK_SIZE)
 
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
@@ -353,16 +367,15 @@ def attention_hopper_kernel(
     gl.thread_barrier()
 
     # Without the annotation Gluon would turn the numbers into run-time values.
-    WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW)
+    WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW, VOTE, EARLY)
     keys, values = (k_ring, k_full), (v_ring, v_full)
     pointers = (q_ptr, sinks_ptr, out_ptr)
     strides = (q_stride_token, q_stride_head, out_stride_token, out_stride_head)
     place = (tile_row, rows, query_start, context, held, kv_head, start, stop, seq_len > max_seq_len)
     data = (keys, values, empty, pointers, strides, place, factor, window)
-    table_ptr += request.to(gl.int64) * table_stride
     k_at = (k_rows_block, kv_head * k_rows_head, kv_head * k_columns_head)
     v_at = (v_rows_block, kv_head * v_rows_head, kv_head * v_columns_head)
-    loading = (keys, values, empty, k_desc, v_desc, table_ptr, k_at, v_at, start, stop, BLOCK_SIZE)
+    loading = (keys, values, empty, k_desc, v_desc, table_ptr, block, k_at, v_at, start, stop, BLOCK_SIZE)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [(_attend, (data, 0, WAY)), (_attend, (data, 1, WAY)), (_load_tiles, loading)],
