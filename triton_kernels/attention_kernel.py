@@ -187,6 +187,12 @@ def request_of(tile, query_start_ptr, requests, G: tl.constexpr, BLOCK_M: tl.con
     return low, tile - (tl.load(query_start_ptr + low) * G // BLOCK_M + low)
 
 
+@triton.jit
+def _forget_what_is_cached():
+    """In place of a wait: what a multiprocessor's own cache holds may be older than what another kernel waited for."""
+    tl.inline_asm_elementwise("fence.acq_rel.gpu; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
 # What follows the batch: a kernel compiled anew for it would be a spike of latency.
 _OF_THE_BATCH = (
     "requests", "decodes", "beside_long", "tiles", "parts", "least", "at_once", "slots", "short_rows", "max_seq_len",
@@ -223,8 +229,7 @@ def attention_kernel(
         if beside_long == 0:
             gdc_wait()
         else:
-            # In place of a wait: what the multiprocessor's own cache holds may be older than what was waited for.
-            tl.inline_asm_elementwise("fence.acq_rel.gpu; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+            _forget_what_is_cached()
         gdc_launch_dependents()
         if (beside_long != 0) & (tl.program_id(0) == tl.num_programs(0) - 1):
             gdc_wait()
@@ -309,9 +314,11 @@ def fold_kernel(
 ):  # fmt: skip
     """Merge the states of splits in ascending order: ``rows_each`` rows one by one, COLUMNS columns of D.
 
-    ``AT_ONCE`` states are read at a time.
+    ``AT_ONCE`` states are read at a time. Lengths are read while the kernel ahead writes its states: it waited for what
+    came before, in each program, before it let this one begin.
     """
-    begin(PDL)
+    if PDL:
+        _forget_what_is_cached()
     PARTS_OF_D: tl.constexpr = DP // COLUMNS
     d = tl.program_id(0) % PARTS_OF_D * COLUMNS + tl.arange(0, COLUMNS)
     number = tl.program_id(0) // PARTS_OF_D
@@ -321,6 +328,7 @@ def fold_kernel(
     query_start = tl.load(query_start_ptr + request)
     query_len = tl.load(query_start_ptr + request + 1) - query_start
     seq_len = tl.load(seq_lens_ptr + request)
+    begin(PDL)
     rows = query_len * G
     if rows > short_rows:
         return
@@ -339,6 +347,8 @@ def fold_kernel(
             m, total, acc = empty(1, 1, COLUMNS)
             offset = (request * KV_HEADS + kv_head).to(tl.int64) * slots * short_rows + row + one
             for slot in range(0, count, AT_ONCE):
+                # All are asked for before one is used: else the compiler keeps few loads under way.
+                states = ()
                 for ahead in tl.static_range(AT_ONCE):
                     present = slot + ahead + one < count
                     at = offset + (slot + ahead) * short_rows
@@ -346,7 +356,9 @@ def fold_kernel(
                     total_next = tl.load(partial_total_ptr + at, mask=present, other=0.0)[:, None]
                     mask = present[:, None] & (d < D)[None, :]
                     acc_next = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
-                    m, total, acc = merge(m, total, acc, m_next, total_next, acc_next)
+                    states += ((m_next, total_next, acc_next),)
+                for ahead in tl.static_range(AT_ONCE):
+                    m, total, acc = merge(m, total, acc, states[ahead][0], states[ahead][1], states[ahead][2])
             head = kv_head * G + row % G + one
             out = finish(m, total, acc, sinks_ptr, head, KV_HEADS * G, SINKS)
             out = tl.where(seq_len > max_seq_len, float("nan"), out)
