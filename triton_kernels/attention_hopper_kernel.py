@@ -231,12 +231,15 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    # Global memory is read and written 16 bytes a thread.
+    memory_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     first_row = tile_row + CONSUMER * ROWS
 
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
-    column = gl.arange(0, D, gl.SliceLayout(0, q_layout))
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, memory_layout))
+    column = gl.arange(0, D, gl.SliceLayout(0, memory_layout))
     q_row = (query_start + row // G).to(gl.int64) * q_stride_token + (kv_head * G + row % G) * q_stride_head
     q = gl.load(q_ptr + q_row[:, None] + column[None, :], mask=(row < rows)[:, None], other=0.0)
+    q = gl.convert_layout(q, q_layout)
 
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     # A row past the request's last is at position -1, which sees nothing.
@@ -289,15 +292,17 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
         _skip(keys, values, empty, number)
 
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
-    column = gl.arange(0, D, gl.SliceLayout(0, acc_layout))
     head = kv_head * G + row % G
     m = gl.convert_layout(m, gl.SliceLayout(1, acc_layout))
     total = gl.convert_layout(total, gl.SliceLayout(1, acc_layout))
     out = _finish(m, total, acc, sinks_ptr, head, SINKS)
     # Longer than was promised: the table need not hold it.
     out = gl.where(too_long, float("nan"), out)
-    out_row = (query_start + row // G).to(gl.int64) * out_stride_token + head * out_stride_head
-    gl.store(out_ptr + out_row[:, None] + column[None, :], out.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None])
+    out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), memory_layout)
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, memory_layout))
+    column = gl.arange(0, D, gl.SliceLayout(0, memory_layout))
+    out_row = (query_start + row // G).to(gl.int64) * out_stride_token + (kv_head * G + row % G) * out_stride_head
+    gl.store(out_ptr + out_row[:, None] + column[None, :], out, mask=(row < rows)[:, None])
 
 
 @gluon.jit
