@@ -29,10 +29,7 @@ from vllm_deterministic.triton_kernels.attention_plan import (
 WARPS, STAGES = (1, 2, 4, 8), (3, 5)
 LEAST = (1, 2, 4, 8, 16)
 LONG = [AttentionTile(*tile) for tile in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3), (128, 4, 2))]
-
-HOPPER = [
-    HopperTile(2, stages, vote, early) for stages in (3, 4, 6) for vote in (True, False) for early in (False, True)
-]
+HOPPER = [HopperTile(2, stages) for stages in (3, 4, 6)]
 
 
 def plans(load: Load, of: AttentionFold) -> list[AttentionPlan]:

@@ -70,7 +70,7 @@ def attention_hopper(
         len(seq_lens), decodes, tiles, short_rows, max_seq_len, factor, window or 0,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_table.stride(0), *k[1:], *v[1:],
         KV_HEADS=kv_heads, G=group, BLOCK_SIZE=block_size, SPLIT=split, CONSUMERS=tile.warpgroups,
-        STAGES=tile.stages, VOTE=tile.vote, EARLY=tile.early, SINKS=sinks is not None, WINDOW=window is not None,
+        STAGES=tile.stages, SINKS=sinks is not None, WINDOW=window is not None,
         LOAD_REGISTERS=loading, REGISTERS=consuming, PDL=pdl,
         num_warps=_WARPS, maxnreg=at_launch, launch_pdl=pdl, enable_fp_fusion=False,
     )  # fmt: skip

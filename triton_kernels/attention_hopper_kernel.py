@@ -82,11 +82,11 @@ def _tile_of(ring, number):
 
 
 @gluon.jit
-def _wait_for(ring, number, there=True):
-    """Wait until a tile has landed, if it is ``there``."""
+def _wait_for(ring, number):
+    """Wait until a tile has landed."""
     tiles, full = ring
     STAGES: gl.constexpr = tiles.shape[0]
-    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2, pred=there)
+    mbarrier.wait(full.index(number % STAGES), number // STAGES % 2)
 
 
 @gluon.jit
@@ -182,15 +182,14 @@ def _fold(folded, m, total, acc):
 
 @gluon.jit
 def _tile(
-    state, folded, n, start, stop, q, q_position, keys, values, empty, parameters,
-    SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr, VOTE: gl.constexpr, EARLY: gl.constexpr,
+    state, folded, n, start, q, q_position, keys, values, empty, parameters,
+    SPLIT: gl.constexpr, WINDOW: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One more key tile, whose weights are left for the next one: their products run under its softmax."""
     m, total, acc, weights = state
     factor, window = parameters
     number = (n - start) // keys[0].shape[1]
-    if not EARLY:
-        _wait_for(keys, number)
+    _wait_for(keys, number)
     s = _products_of_keys(q, keys, number)
     acc = _products_of_values(weights, acc, values, number - 1)
     s, acc = warpgroup_mma_wait(num_outstanding=1, deps=(s, acc))
@@ -200,19 +199,13 @@ def _tile(
     # The next step needs this tile's values. The wait stands here, and the weights are among what it returns, to keep
     # the compiler from moving the exponentials into that step, between its products (6% slower).
     _wait_for(values, number)
-    if EARLY:
-        _wait_for(keys, number + 1, n + keys[0].shape[1] < stop)
     weights, sums, acc = warpgroup_mma_wait(num_outstanding=0, deps=(weights, sums, acc))
     _release(empty, number - 1)
     if begins:
         # The split before ends here; what is left of it is then scaled by exp2(-inf).
         folded = _fold(folded, m, total, acc)
     total = gl.fma(total, _column(a, total), sums)
-    if VOTE:
-        acc = _scaled(acc, a)
-    else:
-        acc *= _column(a, acc)
-    return (m_next, total, acc, weights), folded
+    return (m_next, total, _scaled(acc, a), weights), folded
 
 
 @gluon.jit
@@ -262,8 +255,6 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
     s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
     m, weights, total, _ = _softmax(s, m, start, q_position, factor, window, q.dtype, WINDOW, True)
     _wait_for(values, 0)
-    if WAY[5]:
-        _wait_for(keys, 1, start + BLOCK_N < stop)
     begin = start + BLOCK_N
     state = m, total, acc, weights
     for part in gl.static_range(0 if WINDOW else 1, 3):
@@ -276,8 +267,7 @@ def _attend(data, CONSUMER: gl.constexpr, WAY: gl.constexpr):
             begin_part, end_part = gl.maximum(gl.maximum(full_start, full_stop), begin), stop
         for n in range(begin_part, end_part, BLOCK_N):
             state, folded = _tile(
-                state, folded, n, start, stop, q, q_position, keys, values, empty, (factor, window), SPLIT, WINDOW,
-                part != 1, WAY[4], WAY[5],
+                state, folded, n, start, q, q_position, keys, values, empty, (factor, window), SPLIT, WINDOW, part != 1,
             )  # fmt: skip
     m, total, acc, weights = state
     last = (stop - 1 - start) // BLOCK_N
@@ -332,7 +322,7 @@ def attention_hopper_kernel(
     k_rows_block, k_rows_head, k_columns_head, v_rows_block, v_rows_head, v_columns_head,
     KV_HEADS: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
-    VOTE: gl.constexpr, EARLY: gl.constexpr, LOAD_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One tile of a request's rows, as the long road of ``attention_kernel`` has it, dealt to ``CONSUMERS``."""
     begin(PDL)
@@ -372,7 +362,7 @@ def attention_hopper_kernel(
     gl.thread_barrier()
 
     # Without the annotation Gluon would turn the numbers into run-time values.
-    WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW, VOTE, EARLY)
+    WAY: gl.constexpr = (G, SPLIT, SINKS, WINDOW)
     keys, values = (k_ring, k_full), (v_ring, v_full)
     pointers = (q_ptr, sinks_ptr, out_ptr)
     strides = (q_stride_token, q_stride_head, out_stride_token, out_stride_head)

@@ -53,16 +53,10 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class HopperTile:
-    """What one program of ``attention_hopper`` takes: 64 rows on each of 2 or 3 warpgroups, a ring of key tiles.
-
-    ``vote``: a warp leaves its sums unscaled where all factors are 1. ``early``: the next keys are waited for while
-    products run.
-    """
+    """What one program of ``attention_hopper`` takes: 64 rows on each of 2 or 3 warpgroups, a ring of key tiles."""
 
     warpgroups: int
     stages: int
-    vote: bool = True
-    early: bool = False
 
     def __post_init__(self) -> None:
         if self.warpgroups not in (2, 3) or self.stages < 2:

@@ -138,7 +138,10 @@ def _cut_kernel(
             enough = total_mass(x_row, candidates_row, among, cut, maximum, False, SEARCHED) >= need
         # Where all finite elements are candidates, nothing is left to look for in the row.
         enough = enough | (tl.load(bound_ptr + row) == _LOWEST)
-        if enough & (count <= CAPACITY):
+        if width <= CAPACITY:
+            # Then they always are; for such rows the compiler fails on the other road.
+            cut = cut_candidates(candidates_row, count, k, p, need, maximum, width, SEARCHED, PIVOTS)
+        elif enough & (count <= CAPACITY):
             cut = cut_candidates(candidates_row, count, k, p, need, maximum, width, SEARCHED, PIVOTS)
         else:
             cut = cut_row(x_row, candidates_row, k, p, need, maximum, width, PART, PIVOTS, SAMPLE, CAPACITY, SEARCHED)

@@ -106,7 +106,7 @@ class Case:
         chosen |= {f"{t}, up to three": AttentionPlan(t, 64, 9, None, least=3, at_once=64) for t in tiles[:1]}
         chosen |= {f"{t}, long": AttentionPlan(None, 0, 1, t, descriptors=False) for t in tiles}
         any_tile = AttentionTile(64, 4, 2)
-        for hopper in (HopperTile(2, 2), HopperTile(2, 4, vote=False), HopperTile(2, 4, early=True)):
+        for hopper in (HopperTile(2, 2), HopperTile(2, 4)):
             chosen[f"{hopper}"] = AttentionPlan(None, 0, 1, any_tile, hopper=hopper)
         return chosen | {"128 rows": AttentionPlan(None, 0, 1, AttentionTile(128, 4, 2))}
 
