@@ -104,12 +104,11 @@ def _ways(tile: Tile, m: int, segments: int) -> Iterator[Tile]:
     elements = tile.block_m * (tile.block_n + tile.side_n)
     if segments > 1 and elements > _TWO_ACCUMULATORS * tile.warps:
         return
-    loads = (tile, replace(tile, x_in_registers=True)) if tile.side_n and not tile.swapped else (tile,)
     if segments > 1 and m <= 1024:
-        yield from (replace(tile, split=True) for tile in loads)
-    yield from loads
+        yield replace(tile, split=True)
+    yield tile
     if elements >= 12288:
-        yield from (replace(tile, persistent=True) for tile in loads)
+        yield replace(tile, persistent=True)
     if m <= 64 and segments == 1:
         yield replace(tile, prefetch_k=1024)
     if tile.side_n == 0:
@@ -122,7 +121,7 @@ def _ways(tile: Tile, m: int, segments: int) -> Iterator[Tile]:
         yield replace(tile, persistent=True, tma_store=True)
     if m >= 2048 and elements >= 24576 and not tile.swapped:
         for group_m in (4, 16):
-            yield from (replace(tile, group_m=group_m) for tile in loads)
+            yield replace(tile, group_m=group_m)
             if segments == 1 and tile.side_n == 0 and tile.stages == 3:
                 yield replace(tile, persistent=True, tma_store=True, group_m=group_m)
 

@@ -74,10 +74,7 @@ def _key(dtype: torch.dtype, tile: Tile, segments: int) -> list[Any]:
 def _ways(key: list[Any]) -> tuple[bool, ...]:
     """How a tile works, whatever its sizes: where one such tile hangs, the others are not tried."""
     tile = Tile(*key[2])
-    return (
-        *(tile.persistent, tile.split, tile.tma_store, tile.side_n > 0, tile.prefetch_k > 0),
-        *(tile.flatten, tile.x_in_registers),
-    )
+    return (tile.persistent, tile.split, tile.tma_store, tile.side_n > 0, tile.prefetch_k > 0, tile.flatten)
 
 
 @dataclass(frozen=True)

@@ -193,9 +193,7 @@ def _launch(
         SEGMENTS=segments, SWAPPED=tile.swapped, PERSISTENT=tile.persistent, FLATTEN=tile.flatten, SPLIT=split,
         BATCHED=batch > 1, TMA=tma, TMA_STORE=tma_store, K_MAJOR=k_major,
         HAS_BIAS=bias is not None and not split,
-        PREFETCH_K=tile.prefetch_k if k_major and tile.prefetch_k <= k else 0,
-        # The interpreter knows no such thing, and a move takes two elements of 16 bits.
-        X_IN_REGISTERS=tile.x_in_registers and x.is_cuda and x.element_size() == 2, PDL=pdl,
+        PREFETCH_K=tile.prefetch_k if k_major and tile.prefetch_k <= k else 0, PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
     )  # fmt: skip
     if partial is not None:

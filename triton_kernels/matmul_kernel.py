@@ -44,12 +44,6 @@ def _load_w(
 
 
 @triton.jit
-def _in_registers(x):
-    """The same bytes, as the result of an operation: those the matrix unit takes from registers."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
-
-
-@triton.jit
 def _dot(x, w, accumulator, SWAPPED: tl.constexpr):
     if SWAPPED:
         accumulator = tl.dot(w, x.T, accumulator, input_precision="ieee")
@@ -96,7 +90,7 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIDE_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SEGMENTS: tl.constexpr, SWAPPED: tl.constexpr, PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
     SPLIT: tl.constexpr, BATCHED: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, K_MAJOR: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PREFETCH_K: tl.constexpr, X_IN_REGISTERS: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PREFETCH_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N + SIDE_N
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, WIDTH)
@@ -140,8 +134,6 @@ def matmul_kernel(
         for in_part in range(0, tl.minimum(segment_k, K), BLOCK_K):
             k = segment * segment_k + in_part
             x_tile = _load_x(x, m, k, M, K, x_stride_m, BLOCK_M, BLOCK_K, TMA)
-            if X_IN_REGISTERS:
-                x_tile = _in_registers(x_tile)
             w_tile = _load_w(w, n, k, N, K, w_stride_n, w_stride_k, BLOCK_N, BLOCK_K, TMA, K_MAJOR)
             accumulator = _dot(x_tile, w_tile, accumulator, SWAPPED)
             if SIDE_N > 0:

@@ -37,8 +37,6 @@ class Tile:
         flatten: a program's loads run ahead from each segment and tile to its next, so that none starts with a wait.
         whole_waves: rows past the last whole wave of persistent programs, where they are half a wave or less, are a
             product of their own, at the tile that the plan has for as many.
-        x_in_registers: the matrix unit gets x from registers, so that two products read it from shared memory once;
-            not for swapped operands.
     """
 
     block_m: int
@@ -56,7 +54,6 @@ class Tile:
     group_m: int = 8
     flatten: bool = False
     whole_waves: bool = False
-    x_in_registers: bool = False
 
     def whole_wave_rows(self, m: int, n: int, programs: int) -> int:
         """The rows that come first where the others are a product of their own; ``m`` where there are none.

@@ -42,7 +42,6 @@ def test_candidates_can_be_launched(m: int, segments: int) -> None:
         assert (tile.block_m + tile.block_n + tile.side_n) * tile.block_k * 2 * tile.stages <= 232448
         assert segments > 1 or not tile.split
         assert tile.persistent or not (tile.flatten or tile.whole_waves)
-        assert not (tile.x_in_registers and (tile.swapped or tile.side_n == 0))
         assert not (tile.flatten and tile.side_n), "the compiler makes two products wait for each other"
 
 

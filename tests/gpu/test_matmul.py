@@ -144,13 +144,6 @@ WAYS = {
     "two products": tiles.Tile(128, 128, 64, warps=8, stages=4, side_n=64),
     "two products, four warps": tiles.Tile(64, 128, 64, warps=4, stages=5, side_n=64),
     "two products, persistent": tiles.Tile(128, 128, 64, warps=8, stages=4, side_n=64, persistent=True),
-    "x in registers": tiles.Tile(128, 128, 64, warps=8, stages=4, side_n=64, x_in_registers=True),
-    "x in registers, narrow": tiles.Tile(
-        128, 128, 64, warps=8, stages=5, side_n=32, persistent=True, x_in_registers=True
-    ),
-    "x in registers, deep": tiles.Tile(128, 128, 128, warps=8, stages=2, side_n=32, x_in_registers=True),
-    "x in registers, four warps": tiles.Tile(64, 128, 64, warps=4, stages=5, side_n=64, x_in_registers=True),
-    "x in registers, split": tiles.Tile(128, 128, 64, warps=8, stages=5, side_n=32, split=True, x_in_registers=True),
 }
 WAY_SHAPES, WAY_SIZES = ((1280, 5120), (3000, 1048)), (1, 127, 129, 1000, 4000)
 BIAS_SIZES = (1, 129, 4096)

@@ -35,7 +35,7 @@ WAYS = {
     "persistent": (replace(PLAIN, persistent=True, tma=True, group_m=2), 1),
     "persistent, swapped": (replace(PLAIN, persistent=True, swapped=True), 1),
     "flattened": (replace(PLAIN, persistent=True, flatten=True, tma=True), 1),
-    "two products": (replace(PLAIN, side_n=16, tma=True, tma_store=True, x_in_registers=True), 1),
+    "two products": (replace(PLAIN, side_n=16, tma=True, tma_store=True), 1),
     "two products, swapped": (replace(PLAIN, side_n=16, swapped=True, persistent=True), 1),
     "walked segments": (replace(PLAIN, tma=True), 3),
     "walked segments, two products": (replace(PLAIN, side_n=16, persistent=True), 2),
