@@ -10,7 +10,7 @@ import itertools
 from dataclasses import replace
 
 import torch
-from bench_attention import ROTATED_BYTES, Load, fold, loads, microseconds, ours, tensors
+from bench_attention import ROTATED_BYTES, Load, fold, loads, ours, tensors, there_and_back
 from gpu_timing import Warmup, in_parts
 from vllm_deterministic.triton_kernels import attention as attention_module
 from vllm_deterministic.triton_kernels.attention import max_splits
@@ -93,7 +93,7 @@ def main() -> None:
     for load in asked:
         arguments = tensors(load, args.block_size, max(1, min(8, ROTATED_BYTES // load.kv_bytes)))
         found = plans(load, args.fold)
-        times = [microseconds(ours(load, args.fold, arguments, plan)) for plan in found]
+        times = there_and_back([ours(load, args.fold, arguments, plan) for plan in found])
         print(f"{load.name} {load.heads}/{load.kv_heads}: chosen {times[0]:.1f} us", flush=True)
         for time, plan in sorted(zip(times, found, strict=True), key=lambda pair: pair[0])[: args.shown]:
             tile = plan.short if plan.short and not plan.long else plan.long
