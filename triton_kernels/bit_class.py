@@ -80,8 +80,9 @@ def certified_row_tiles(
         the certified tiles in ascending order, ``base`` among them.
 
     Raises:
-        ValueError: at ``base`` rows a row's bytes depend on where it stands, so there is no class; or ``x`` has too few
-            rows, those past the last whole tile of ``base`` not counted, to try every candidate.
+        ValueError: at ``base`` rows a row's bytes depend on where it stands or on a neighbour that is NaN, so there is
+            no class; or ``x`` has too few rows, those past the last whole tile of ``base`` not counted, to try every
+            candidate.
     """
     given, largest = len(x), max((base, *candidates))
     x = x[: given // base * base]
@@ -90,6 +91,12 @@ def certified_row_tiles(
     expected = torch.cat([apply(rows.clone()) for rows in x.split(base)])
 
     def same(tile: int) -> bool:
+        # oneDNN's bf16 products on AMX read on into the next row where k fills no tile of its own, and NaN times the
+        # weight of zero that stands there is NaN.
+        among_nan = x[:tile].clone()
+        among_nan[1::2] = float("nan")
+        if not same_bytes(apply(among_nan)[::2], expected[:tile:2]):
+            return False
         for start in range(0, len(x) - tile + 1, max(tile, len(x) // 4)):
             rows, wanted = x[start : start + tile], expected[start : start + tile]
             if not same_bytes(apply(rows.clone()), wanted):
@@ -100,6 +107,7 @@ def certified_row_tiles(
 
     if not same(base):
         raise ValueError(
-            f"at {base} rows of {x.shape[1]} columns in {x.dtype} a row's result depends on where it stands"
+            f"at {base} rows of {x.shape[1]} columns in {x.dtype} a row's result depends on where it stands "
+            "or on its neighbours"
         )
     return tuple(sorted({base, *(tile for tile in candidates if same(tile))}))

@@ -277,8 +277,7 @@ def _rising(rise: float, dtype: torch.dtype = torch.float32, heads: int = HEADS)
     return replace(tokens, q=q, k=k)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("rise", RISES)
+@pytest.mark.parametrize(("rise", "dtype"), zip(RISES, itertools.cycle([torch.float32, torch.float16])))
 def test_a_reference_that_is_raised_seldom_or_often(rise: float, dtype: torch.dtype) -> None:
     tokens = _rising(rise, dtype)
     (prefill,) = _attend([whole(tokens)], fold=EIGHT_TILES)

@@ -76,6 +76,20 @@ def test_refuses_a_library_whose_rows_depend_on_where_they_stand() -> None:
         certified_row_tiles(by_place, x, base=16, candidates=())
 
 
+def test_leaves_out_a_tile_whose_rows_read_on_into_the_next_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = mirrored(9, 64, sign=1, dtype=torch.float32, generator=generator)
+    x = mirrored(64, 64, sign=-1, dtype=torch.float32, generator=generator)
+
+    def reading_on(rows: torch.Tensor) -> torch.Tensor:
+        next_row = torch.cat([rows[1:, :1], torch.zeros(1, 1)])
+        return ordered_matmul(rows, w, 1) + (0.0 * next_row if len(rows) in (4, 32) else 0.0)
+
+    assert certified_row_tiles(reading_on, x, base=16, candidates=(1, 4, 8, 32, 64)) == (1, 8, 16, 64)
+    with pytest.raises(ValueError, match=r"16 rows of 64 columns .* or on its neighbours"):
+        certified_row_tiles(lambda rows: rows + 0.0 * rows.roll(1, dims=0), x, base=16, candidates=())
+
+
 @pytest.mark.parametrize(("rows", "base", "candidates"), [(15, 16, ()), (40, 16, (40,)), (16, 16, (32,))])
 def test_refuses_to_certify_a_tile_that_it_cannot_try(rows: int, base: int, candidates: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"{rows} rows"):
