@@ -18,7 +18,8 @@ def programmatic_launch(x: torch.Tensor) -> bool:
     """Whether a kernel may be launched before the one ahead of it in the stream ends (Hopper and newer).
 
     Such a kernel calls ``gdc_wait`` before it reads or writes anything, weights too, which the kernel ahead may be
-    updating. It may ask for lines into the cache before that: what is written to them meanwhile is still seen.
+    updating. It may ask for lines into the cache before that: what is written to them meanwhile is still seen. Only the
+    kernels of attention know what the one ahead writes, and read other things before it ends (``attention_kernel``).
     """
     return capability(x.device) >= (9, 0)
 

@@ -63,16 +63,17 @@ def _configure(engine_args: "type[EngineArgs]") -> None:
     original = engine_args.create_engine_config
 
     def create_engine_config(self: "EngineArgs", *args: Any, **kwargs: Any) -> "VllmConfig":
+        from_command_line = getattr(self, "_from_command_line", False)
         try:
             deterministic = _requested(self)
             if deterministic is None:
                 return original(self, *args, **kwargs)
             config = _deterministic_config(self, deterministic, lambda: original(self, *args, **kwargs))
         except RefusalError as refusal:
-            if getattr(self, "_from_command_line", False):
+            if from_command_line:
                 _exit(refusal)
             raise
-        if getattr(self, "_from_command_line", False):
+        if from_command_line:
             _check_folder(config)
         return config
 
